@@ -1,0 +1,33 @@
+"""The errors graphopt raises; each message names the value, the limit and the way out."""
+
+
+class GraphoptError(Exception):
+    """Base of every error that graphopt raises on purpose."""
+
+
+class CaptureRefused(GraphoptError):
+    """A program is out of scope as a whole; `reason` says why in one sentence."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"graphopt does not optimise this program: {reason}")
+        self.reason = reason
+
+
+class OptionError(GraphoptError, ValueError):
+    """An unknown option, or a value that an option does not take."""
+
+
+class PipelineError(GraphoptError):
+    """A pipeline whose passes contradict each other, or a pass that broke the graph."""
+
+
+class RuleError(GraphoptError):
+    """A rule that cannot be made: its pattern drops a parameter, or its replacement does not fit."""
+
+
+class StrictError(GraphoptError):
+    """Under `strict=True`: what would otherwise be a warning and a fall-back to the original."""
+
+
+class WeightError(GraphoptError):
+    """A weight that cannot be prepared: missing, of another shape, or on meta."""

@@ -1,0 +1,33 @@
+"""The vocabulary: what the models that we optimise are made of, each op one plain PyTorch function.
+
+`ops.rms_norm(x, weight, eps=1e-6)` calls `torch.ops.graphopt.rms_norm.default`; `ops.rms_norm.reference` is
+the function itself and `ops.rms_norm.overload` the target that a graph's node has. No op changes or aliases
+its inputs.
+"""
+
+from graphopt.ops.attention import attention, attention_lse
+from graphopt.ops.cache import cache_update
+from graphopt.ops.define import Op, op
+from graphopt.ops.linear import linear, linear_epilogue
+from graphopt.ops.mlp import activation, gated_activation
+from graphopt.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from graphopt.ops.rope import rope
+from graphopt.ops.scores import attention_scores
+
+OPS = (
+    rms_norm,
+    add_rms_norm,
+    layer_norm,
+    add_layer_norm,
+    rope,
+    attention,
+    attention_lse,
+    attention_scores,
+    cache_update,
+    linear,
+    linear_epilogue,
+    gated_activation,
+    activation,
+)
+
+__all__ = ["OPS", "Op", "op", *(o.__name__ for o in OPS)]

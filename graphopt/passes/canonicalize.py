@@ -1,0 +1,354 @@
+"""Canonicalize: any captured graph -> the one spelling that patterns are written in.
+
+In one walk: mutation becomes values (`functionalize`), each call is respelled (`spellings`), equal pure calls become one,
+no-ops and dead calls go. Patterns are canonicalised by this same pass, else nothing would match.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import fx
+
+from graphopt import graph as g
+from graphopt.passes.functionalize import functionalize, storage
+from graphopt.passes.spellings import SPELLINGS, Pieces, Result
+
+if TYPE_CHECKING:
+    from graphopt.pipeline import Context
+
+aten = torch.ops.aten
+
+# Calls whose meaning depends on their input's strides: where one occurs, no layout change is dropped.
+STRIDE_SENSITIVE = frozenset(
+    {aten.as_strided.default, aten.view_as_complex.default, aten.view_as_real.default, aten.view.dtype}
+)
+# Factories that may be merged after all: nobody writes to an arange, and a mask needs one for each side.
+MERGED_FACTORIES = frozenset({aten.arange.default, aten.arange.start, aten.arange.start_step})
+
+
+@dataclass(frozen=True)
+class Canonicalize:
+    """any ATen graph -> canonical graph. Bitwise exact; keeps eager's strides and aliasing at the outputs."""
+
+    name: ClassVar[str] = "canonicalize"
+    requires: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    exactness: ClassVar[str] = "bitwise"
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> None:
+        """Edit `gm` in place.
+
+        Raises:
+            CaptureRefused: a mutation that has no meaning as a value.
+        """
+        canonicalize(gm)
+
+
+def canonicalize(gm: fx.GraphModule) -> None:
+    """Respell a graph in place; see `Canonicalize`."""
+    source = functionalize(gm)
+    if "output_strides" not in gm.meta:
+        gm.meta["output_strides"] = tuple(dim_order(v) for v in _output_values(gm.graph))
+    speller = Speller(keep_layout=any(g.is_call(n, *STRIDE_SENSITIVE) for n in source.graph.nodes))
+    for node in source.graph.nodes:
+        speller.visit(node)
+    gm.graph = speller.graph
+    g.eliminate_dead_code(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+
+
+@dataclass
+class Speller:
+    """Builds the canonical graph, one old node at a time."""
+
+    keep_layout: bool = False
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    env: dict[fx.Node, Result] = field(default_factory=dict)
+    known: dict[object, fx.Node] = field(default_factory=dict)  # what has been computed: common subexpressions
+    sizes_known: dict[object, fx.Node] = field(default_factory=dict)  # symbolic expression -> the node that holds it
+
+    # ------------------------------------------------------------------------------------------- the walk
+
+    def visit(self, node: fx.Node) -> None:
+        """Respell one old node."""
+        if node.op == "output":
+            self.output(node)
+        elif node.op != "call_function":
+            new = self.graph.node_copy(node, self.argument)  # type: ignore[arg-type]  # no arguments here
+            self.env[node] = self.size(new)
+        else:
+            self.env[node] = self.size_call(node) if _is_size(node) else self.call(node)
+
+    def call(self, node: fx.Node) -> Result:
+        """A call on tensors: by its row of the table, else with its arguments filled in."""
+        args, kwargs = self.arguments(node)
+        spelling = SPELLINGS.get(node.target)
+        if spelling is None or self.kept(node):
+            return self.generic(node, args, kwargs)
+        return spelling(self, node, args, kwargs)
+
+    def kept(self, node: fx.Node) -> bool:
+        """Whether a copy must stay a copy: functionalization needs it, or something depends on strides."""
+        if node.meta.get("keep"):
+            return True
+        return self.keep_layout and node.target in (aten.clone.default, aten.contiguous.default, aten._to_copy.default)
+
+    def size(self, new: fx.Node) -> Result:
+        """An input or a size: one node for each symbolic expression, a literal where it is constant."""
+        value = g.val(new)
+        if not isinstance(value, (torch.SymInt, torch.SymFloat)):
+            return new
+        return self.sizes_known.setdefault(g.expression(value), new)
+
+    def size_call(self, node: fx.Node) -> Result:
+        """Arithmetic on sizes: a literal where it is constant, else the one node for the expression."""
+        expr = g.expression(g.val(node))
+        if isinstance(expr, (int, float, bool)):
+            return expr
+        if expr in self.sizes_known:
+            return self.sizes_known[expr]
+        new = self.graph.node_copy(node, self.argument)  # type: ignore[arg-type]  # fx maps literals, too
+        return self.sizes_known.setdefault(expr, new)
+
+    def output(self, node: fx.Node) -> None:
+        """The outputs; two that were different memory in eager stay different memory."""
+        taken: dict[int, int | None] = {}
+        roots = {id(n): storage(g.val(n)) for n in self.graph.nodes if n.op == "placeholder"}
+
+        def fresh(old: fx.Node) -> object:
+            new = self.argument(old)
+            if not isinstance(new, fx.Node) or not g.is_tensor(new):
+                return new
+            root, memory = _root(new), storage(g.val(old))
+            owner = roots.get(id(root), taken.setdefault(id(root), memory))
+            if root.op == "get_attr" or owner != memory:
+                new = self.graph.create_node("call_function", aten.clone.default, (new,), {"memory_format": None})
+                g.set_val(new, g.val(old))
+                g.copy_provenance(new, old)
+                new.meta["keep"] = True
+            return new
+
+        new = self.graph.create_node("output", "output", fx.node.map_arg(node.args, fresh))  # type: ignore[arg-type]
+        new.meta.update(node.meta)
+
+    # ----------------------------------------------------------------------------------------- arguments
+
+    def argument(self, old: fx.Node) -> object:
+        """The canonical form of an old node as an argument."""
+        return self.env[old]
+
+    def arguments(self, node: fx.Node) -> tuple[tuple, dict[str, object]]:
+        """Arguments by schema: positional ones in `args` with defaults, keyword-only ones in `kwargs` with defaults."""
+        given = _map(node.args, self.env)
+        named = {k: _map(v, self.env) for k, v in node.kwargs.items()}
+        schema = g.schema_arguments(node.target)  # type: ignore[arg-type]  # a call's target is callable
+        args, kwargs = list(given), {}
+        for i, argument in enumerate(schema):
+            if argument.kwarg_only:
+                kwargs[argument.name] = named.pop(argument.name, argument.default_value)
+            elif i >= len(args):
+                args.append(named.pop(argument.name, argument.default_value))
+        return tuple(args), {**kwargs, **named}
+
+    def generic(self, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> fx.Node:
+        """A call that has no row of its own: the same operator, its `dim` counted from the end."""
+        schema = g.schema_arguments(node.target)  # type: ignore[arg-type]  # as above
+        first = next((a for a in args if g.is_tensor(a)), None)
+        if first is not None and schema and schema[0].name in ("self", "input"):
+            rank = max(g.rank(first), 1)
+            for i, argument in enumerate(schema[: len(args)]):
+                if argument.name == "dim" and args[i] is not None:
+                    args = (*args[:i], _from_end(args[i], rank), *args[i + 1 :])
+        return self.emit(node.target, args, kwargs, g.val(node), node)
+
+    # ------------------------------------------------------------------------------------------ building
+
+    def emit(self, target: object, args: tuple, kwargs: dict[str, object], value: object, like: fx.Node) -> fx.Node:
+        """A call of the canonical graph, or the equal one that is already there."""
+        keep = bool(like.meta.get("keep")) and target is like.target
+        key = None
+        if not keep and _mergeable(target):
+            key = (target, _key(args), _key(tuple(kwargs.items())))
+            found = self.known.get(key)
+            if found is not None:
+                return found
+        new = self.graph.create_node("call_function", target, args, kwargs)  # type: ignore[arg-type]  # callable
+        g.copy_provenance(new, like)
+        g.set_val(new, value)
+        if keep:
+            new.meta["keep"] = True
+        if key is not None:
+            self.known[key] = new
+        return new
+
+    def reshape(self, x: fx.Node, value: object, like: fx.Node) -> fx.Node:
+        """reshape(x) to a value's shape; no-op and chains removed."""
+        assert isinstance(value, torch.Tensor)
+        while g.is_call(x, aten.reshape.default):
+            x = x.args[0]  # type: ignore[assignment]  # the first argument of a reshape is a node
+        if g.same_shape(g.shape(x), tuple(value.shape)):
+            return x
+        return self.emit(aten.reshape.default, (x, self.sizes(value.shape)), {}, value, like)
+
+    def permute(self, x: fx.Node, dims: Sequence[int], value: object, like: fx.Node) -> fx.Node:
+        """permute(x, dims); permutations compose, the identity goes."""
+        if g.is_call(x, aten.permute.default):
+            inner = x.args[1]
+            dims, x = [inner[d] for d in dims], x.args[0]  # type: ignore[index, assignment]  # a list and a node
+        if list(dims) == list(range(len(dims))):
+            return x
+        return self.emit(aten.permute.default, (x, list(dims)), {}, value, like)
+
+    def slice(
+        self, x: fx.Node, dim: int, start: object, end: object, step: object, value: object, like: fx.Node
+    ) -> fx.Node:
+        """slice(x, dim, start, end, step) with bounds inside the tensor where they are known."""
+        assert isinstance(value, torch.Tensor)
+        size, rank = g.shape(x)[dim], g.rank(x)
+        start = 0 if start is None else start
+        if step == 1 and g.same_size(size, value.shape[dim]):
+            return x
+        if isinstance(size, int) and isinstance(start, int) and (end is None or isinstance(end, int)):
+            start, end, _ = slice(start, end, 1).indices(size)
+        elif end is None or (isinstance(end, int) and end >= 2**62):
+            end = self.sizes([size])[0]
+        return self.emit(aten.slice.Tensor, (x, dim - rank, start, end, step), {}, value, like)
+
+    def cast(self, x: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
+        """to.dtype(x, dtype), or x where it has that dtype."""
+        if g.dtype(x) == dtype:
+            return x
+        value = g.val(like)
+        if not isinstance(value, torch.Tensor) or not g.same_shape(tuple(value.shape), g.shape(x)) or value.dtype != dtype:
+            old = g.tensor(x)
+            assert old is not None
+            value = old.new_empty(old.shape, dtype=dtype)
+        return self.emit(aten.to.dtype, (x, dtype, False, False, None), {}, value, like)
+
+    def scaled(self, y: object, alpha: object, like: fx.Node) -> object:
+        """alpha * y, for add and sub with an alpha."""
+        if isinstance(y, fx.Node):
+            return self.emit(aten.mul.Tensor, (y, alpha), {}, g.val(y), like)
+        return alpha * y  # type: ignore[operator]  # two numbers
+
+    def sizes(self, shape: Sequence[g.Size]) -> list[object]:
+        """A shape as arguments: literals, and for symbolic sizes the node that holds the expression."""
+        return [self.size_argument(g.expression(size), size) for size in shape]
+
+    def size_argument(self, expr: object, size: object) -> object:
+        """The node that holds a symbolic size; made from a tensor that has it, or by arithmetic."""
+        if isinstance(expr, (int, float)):
+            return expr
+        if expr in self.sizes_known:
+            return self.sizes_known[expr]
+        for node in self.graph.nodes:
+            if not g.is_tensor(node):
+                continue
+            for i, have in enumerate(g.shape(node)):
+                if g.expression(have) == expr:
+                    new = self.graph.create_node("call_function", aten.sym_size.int, (node, i))
+                    g.set_val(new, size)
+                    return self.sizes_known.setdefault(expr, new)
+        return self.arithmetic(expr, size)
+
+    def arithmetic(self, expr: object, size: object) -> fx.Node:
+        """A symbolic size that no tensor has yet, computed from its parts: `s0 * 4`, `s0 + s1`, `s0 // 2`."""
+        import sympy
+
+        assert isinstance(expr, sympy.Expr)
+        name = type(expr).__name__
+        function = {"Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv, "Mod": operator.mod}.get(name)
+        if function is None:
+            raise ValueError(f"the size {expr} has no node and no known arithmetic ({name})")
+        parts = [self.size_argument(g.expression(a) if not a.is_Integer else int(a), None) for a in expr.args]
+        result = parts[0]
+        for part in parts[1:]:
+            result = self.graph.create_node("call_function", function, (result, part))
+        assert isinstance(result, fx.Node)
+        g.set_val(result, size)
+        return self.sizes_known.setdefault(expr, result)
+
+
+def dim_order(value: object) -> tuple[int, ...] | None:
+    """The dimensions of a dense tensor from the slowest to the fastest; None where it is not dense or no tensor."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    sizes = [_hint(s) for s in value.shape]
+    strides = [_hint(s) for s in value.stride()]
+    if any(s is None for s in (*sizes, *strides)):
+        return tuple(range(value.dim())) if value.is_contiguous() else None
+    order = sorted(range(value.dim()), key=lambda d: (-strides[d], d) if sizes[d] != 1 else (-strides[d], d))  # type: ignore[operator]  # checked above
+    expected = 1
+    for d in reversed(order):
+        if sizes[d] != 1 and strides[d] != expected:
+            return None
+        expected *= sizes[d]  # type: ignore[operator]  # as above
+    return tuple(order)
+
+
+def _hint(size: g.Size) -> int | None:
+    if isinstance(size, int):
+        return size
+    return size.node.hint if size.node.has_hint() else None
+
+
+def _output_values(graph: fx.Graph) -> list[object]:
+    return [g.val(x) if isinstance(x, fx.Node) else x for x in g.flat_arguments(g.output_node(graph))]
+
+
+def _is_size(node: fx.Node) -> bool:
+    return node.target in g.SIZE_OPS and isinstance(g.val(node), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _mergeable(target: object) -> bool:
+    if target in MERGED_FACTORIES:
+        return True
+    if target is operator.getitem:
+        return True
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and not g.is_mutable(target)
+        and not g.is_random(target)
+        and not g.is_factory(target)
+        and bool(target._schema.returns)
+    )
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """What a value may be a view of: the first node behind reshapes, permutes, slices, selects and expands."""
+    views = (aten.reshape.default, aten.permute.default, aten.slice.Tensor, aten.select.int, aten.expand.default)
+    while g.is_call(node, *views):
+        node = node.args[0]  # type: ignore[assignment]  # a view's first argument is a node
+    return node
+
+
+def _map(argument: object, env: dict[fx.Node, Result]) -> object:
+    if isinstance(argument, fx.Node):
+        return env[argument]
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(_map(a, env) for a in argument) if not isinstance(argument, slice) else argument
+    return argument
+
+
+def _from_end(dim: object, rank: int) -> object:
+    if isinstance(dim, int):
+        return dim % rank - rank
+    if isinstance(dim, (list, tuple)) and all(isinstance(d, int) for d in dim):
+        return [d % rank - rank for d in dim]
+    return dim
+
+
+def _key(argument: object) -> object:
+    """A hashable stand-in for an argument: 1, 1.0 and True are three different things."""
+    if isinstance(argument, (list, tuple)):
+        return tuple(_key(a) for a in argument)
+    if isinstance(argument, fx.Node):
+        return argument
+    return (type(argument), argument)

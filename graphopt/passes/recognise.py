@@ -1,0 +1,35 @@
+"""Recognise: canonical ATen -> the vocabulary, by rules; then each mask becomes arguments of the attention it masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import fx
+
+from graphopt.rewrite import Rewriter
+
+if TYPE_CHECKING:
+    from graphopt.pipeline import Context
+
+
+@dataclass(frozen=True)
+class Recognise:
+    """softmax(q @ k^T * s + mask) @ v -> attention(q, k, v, s, causal=…), and so on for every rule of the context.
+
+    Rules run to a fixpoint; those marked `late` (part of a larger pattern) join when the others have settled.
+    """
+
+    name: ClassVar[str] = "recognise"
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    provides: ClassVar[frozenset[str]] = frozenset({"recognised"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    exactness: ClassVar[str] = "reordered"
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> None:
+        """Edit `gm` in place."""
+        early = tuple(r for r in ctx.rules if not r.late)
+        for rules in (early, ctx.rules) if len(early) < len(ctx.rules) else (early,):
+            rewriter = Rewriter(gm, rules, tuple(ctx.observers), ctx.deny, ctx.fuel)
+            rewriter.run()
+            ctx.fuel = rewriter.fuel

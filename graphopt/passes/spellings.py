@@ -1,0 +1,375 @@
+"""The table of spellings: how each way to write a thing becomes the one way that rules know.
+
+Each entry of SPELLINGS takes the speller, the old node and its arguments (already canonical, by schema, defaults filled
+in) and returns the canonical node. Everything here is exact: a spelling that changes a single bit does not belong here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import fx
+
+from graphopt import graph as g
+
+if TYPE_CHECKING:
+    from graphopt.passes.canonicalize import Speller
+
+aten = torch.ops.aten
+Result: TypeAlias = "fx.Node | int | float | bool | None | Pieces"
+Spelling: TypeAlias = "Callable[[Speller, fx.Node, tuple, dict[str, object]], Result]"
+
+
+class Pieces(tuple[fx.Node, ...]):
+    """The results of a split: a tuple of canonical slices, picked by `getitem`."""
+
+
+# ------------------------------------------------------------------------------------------------- views
+
+
+def identity(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """clone(x), contiguous(x), detach(x), dropout(x) in eval -> x"""
+    return args[0]
+
+
+def reshape(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """view, unsqueeze, squeeze, flatten … -> reshape(x, [sizes]); a reshape of a reshape reads the first tensor."""
+    return s.reshape(args[0], g.val(node), node)
+
+
+def permute(dims_of: Callable[[int, tuple], Sequence[int]]) -> Spelling:
+    """transpose, t, mT, movedim … -> permute(x, [dims]); permutations compose, the identity goes."""
+
+    def spell(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+        return s.permute(args[0], [d % max(g.rank(args[0]), 1) for d in dims_of(g.rank(args[0]), args)], g.val(node), node)
+
+    return spell
+
+
+def _swapped(rank: int, a: int, b: int) -> list[int]:
+    dims = list(range(rank))
+    if rank:
+        dims[a], dims[b] = dims[b], dims[a]
+    return dims
+
+
+def _moved(rank: int, args: tuple) -> list[int]:
+    sources = [args[1]] if isinstance(args[1], int) else list(args[1])
+    targets = [args[2]] if isinstance(args[2], int) else list(args[2])
+    place = {t % rank: s % rank for s, t in zip(sources, targets, strict=True)}
+    rest = iter(d for d in range(rank) if d not in set(place.values()))
+    return [place[i] if i in place else next(rest) for i in range(rank)]
+
+
+def expand(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """expand(x, [2, -1]), expand_as, broadcast_to -> expand(x, [all sizes]); to the same sizes it goes."""
+    value = g.val(node)
+    assert isinstance(value, torch.Tensor)
+    if g.same_shape(g.shape(args[0]), tuple(value.shape)):
+        return args[0]
+    return s.emit(aten.expand.default, (args[0], s.sizes(value.shape)), {"implicit": False}, value, node)
+
+
+def slice_(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """slice(x, dim, None, maxint) -> slice(x, dim - rank, 0, size, 1); a slice of everything goes."""
+    x, dim, start, end, step = args
+    return s.slice(x, dim % g.rank(x), start, end, step, g.val(node), node)
+
+
+def narrow(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """narrow(x, dim, start, length) -> slice"""
+    x, dim, start, length = args
+    if not isinstance(start, int) or not isinstance(length, int):
+        return s.generic(node, args, kwargs)
+    return s.slice(x, dim % g.rank(x), start, start + length, 1, g.val(node), node)
+
+
+def select(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """select(x, dim, -1) -> select(x, dim - rank, size - 1)"""
+    x, dim, index = args
+    size = g.shape(x)[dim]
+    if isinstance(index, int) and index < 0 and isinstance(size, int):
+        index += size
+    return s.emit(aten.select.int, (x, dim % g.rank(x) - g.rank(x), index), {}, g.val(node), node)
+
+
+def pieces(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """split, chunk, tensor_split … -> a slice for each piece"""
+    x, values = args[0], g.val(node)
+    assert isinstance(values, (list, tuple))
+    dim = g.arg(node, "dim")
+    assert isinstance(dim, int)
+    dim %= g.rank(x)
+    found, start = [], 0
+    for i, value in enumerate(values):
+        size = value.shape[dim]
+        if not isinstance(size, int) or not isinstance(start, int):
+            return s.generic(node, args, kwargs)
+        last = i == len(values) - 1
+        end = g.shape(x)[dim] if last else start + size
+        found.append(s.slice(x, dim, start, end, 1, value, node))
+        start += size
+    return Pieces(found)
+
+
+def unbind(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """unbind(x, dim) -> select(x, dim, i) for each i"""
+    values = g.val(node)
+    assert isinstance(values, (list, tuple))
+    dim = args[1] % g.rank(args[0]) - g.rank(args[0])
+    return Pieces(s.emit(aten.select.int, (args[0], dim, i), {}, v, node) for i, v in enumerate(values))
+
+
+def getitem(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """getitem(split(x), i) -> that slice"""
+    if isinstance(args[0], Pieces):
+        return args[0][args[1]]
+    return s.generic(node, args, kwargs)
+
+
+# ------------------------------------------------------------------------------------------------- casts
+
+
+def cast(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """to.*, type_as, float(), _to_copy -> to.dtype(x, dtype); a cast to the same dtype goes; a move stays a move."""
+    x, value = args[0], g.val(node)
+    assert isinstance(value, torch.Tensor)
+    if value.device != g.device(x):
+        return s.emit(aten.to.device, (x, value.device, value.dtype, False, False, None), {}, value, node)
+    return s.cast(x, value.dtype, node)
+
+
+def softmax(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """softmax(x, dim, dtype) -> softmax(to(x, dtype), dim - rank)"""
+    x, value = args[0], g.val(node)
+    assert isinstance(value, torch.Tensor)
+    x = s.cast(x, value.dtype, node)
+    return s.emit(aten.softmax.int, (x, args[1] % max(g.rank(x), 1) - max(g.rank(x), 1), None), {}, value, node)
+
+
+# -------------------------------------------------------------------------------------------- arithmetic
+
+
+def _known(x: object) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def add(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """add(x, y, alpha) -> add(x, alpha * y); adding an integer 0 goes"""
+    x, y = args[:2]
+    alpha = kwargs.get("alpha", args[2] if len(args) > 2 else 1)
+    if alpha != 1:
+        y = s.scaled(y, alpha, node)
+    value = g.val(node)
+    unchanged = g.is_tensor(x) and isinstance(value, torch.Tensor) and g.dtype(x) == value.dtype
+    if y == 0 and _known(y) and unchanged and not value.is_floating_point():  # type: ignore[union-attr]  # -0.0 + 0 is 0.0
+        return x
+    return s.emit(aten.add.Tensor, (x, y), {"alpha": 1}, value, node)
+
+
+def sub(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """sub(x, 3) -> add(x, -3); sub(x, y, alpha) -> sub(x, alpha * y)"""
+    x, y = args[:2]
+    alpha = kwargs.get("alpha", args[2] if len(args) > 2 else 1)
+    if _known(y) and _known(alpha):
+        return add(s, node, (x, -alpha * y), {"alpha": 1})
+    if alpha != 1:
+        y = s.scaled(y, alpha, node)
+    return s.emit(aten.sub.Tensor, (x, y), {"alpha": 1}, g.val(node), node)
+
+
+def rsub(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """rsub(x, 1) -> add(neg(x), 1); rsub(x, y) -> sub(y, x)"""
+    x, y, alpha = (*args, 1)[:3]
+    if alpha != 1:
+        return s.generic(node, args, kwargs)
+    if isinstance(y, fx.Node) and g.is_tensor(y):
+        return s.emit(aten.sub.Tensor, (y, x), {"alpha": 1}, g.val(node), node)
+    if g.tensor(x) is not None and g.dtype(x) == g.dtype(node):
+        return s.emit(aten.add.Tensor, (s.emit(aten.neg.default, (x,), {}, g.val(x), node), y), {"alpha": 1}, g.val(node), node)
+    return s.generic(node, args, kwargs)
+
+
+def mul(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """mul(x, x) -> pow(x, 2); times 1 goes"""
+    x, y = args[:2]
+    if x is y:
+        return s.emit(aten.pow.Tensor_Scalar, (x, 2), {}, g.val(node), node)
+    if _known(y) and y == 1 and g.is_tensor(x) and g.dtype(x) == g.dtype(node):
+        return x
+    return s.emit(aten.mul.Tensor, (x, y), {}, g.val(node), node)
+
+
+def div(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """div.Scalar, true_divide -> div.Tensor; by 1 goes. A division stays one: x / 3 is not x * (1 / 3) in floats."""
+    x, y = args[:2]
+    if _known(y) and y == 1 and g.is_tensor(x) and g.dtype(x) == g.dtype(node):
+        return x
+    return s.emit(aten.div.Tensor, (x, y), {}, g.val(node), node)
+
+
+def power(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """pow(x, 2.0), square -> pow(x, 2); pow(x, 0.5) -> sqrt; pow(x, -0.5) -> rsqrt; pow(x, 1) -> x"""
+    x, exponent = (*args, 2)[:2]
+    if not _known(exponent):
+        return s.generic(node, args, kwargs)
+    if exponent == 1 and g.dtype(x) == g.dtype(node):
+        return x
+    if exponent == 0.5:
+        return s.emit(aten.sqrt.default, (x,), {}, g.val(node), node)
+    if exponent == -0.5:
+        return s.emit(aten.rsqrt.default, (x,), {}, g.val(node), node)
+    same_dtype = g.dtype(x) == g.dtype(node)  # an integer tensor to a float power is a float tensor
+    if isinstance(exponent, float) and exponent.is_integer() and same_dtype and g.dtype(x).is_floating_point:
+        exponent = int(exponent)
+    return s.emit(aten.pow.Tensor_Scalar, (x, exponent), {}, g.val(node), node)
+
+
+def compare(scalar: torch._ops.OpOverload, tensor: torch._ops.OpOverload, swap: bool = False) -> Spelling:
+    """ge(x, y) -> le(y, x); with a number the .Scalar overload"""
+
+    def spell(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+        x, y = args[:2]
+        if not g.is_tensor(y):
+            return s.emit(scalar, (x, y), {}, g.val(node), node)
+        if swap:
+            x, y = y, x
+        return s.emit(tensor, (x, y), {}, g.val(node), node)
+
+    return spell
+
+
+def logical(target: torch._ops.OpOverload) -> Spelling:
+    """`&`, bitwise_and, logical_and on booleans -> logical_and; on integers it stays bitwise"""
+
+    def spell(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+        named_logical = "logical" in node.target._schema.name  # type: ignore[union-attr]  # an OpOverload
+        if all(g.is_tensor(a) and g.dtype(a) == torch.bool for a in args) or named_logical:
+            return s.emit(target, args, {}, g.val(node), node)
+        return s.generic(node, args, kwargs)
+
+    return spell
+
+
+# ------------------------------------------------------------------------------------------ whole operators
+
+
+def matmul(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """mm, bmm, matmul -> matmul"""
+    return s.emit(aten.matmul.default, args[:2], {}, g.val(node), node)
+
+
+def addmm(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """addmm(b, x, w) -> linear(x, w.T, b): what GPT-2's Conv1D calls; for a bias of one dimension only"""
+    bias, x, w = args[:3]
+    if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1 or g.rank(bias) != 1:
+        return s.generic(node, args, kwargs)
+    if not g.same_size(g.shape(bias)[0], g.shape(w)[1]) or g.dtype(bias) != g.dtype(x):
+        return s.generic(node, args, kwargs)
+    rows, columns = g.shape(w)
+    flipped = s.permute(w, [1, 0], g.tensor(w).mT, node)  # type: ignore[union-attr]  # w is a tensor
+    del rows, columns
+    return s.emit(aten.linear.default, (x, flipped, bias), {}, g.val(node), node)
+
+
+def cat(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """cat([x, empty], dim) -> x: an empty cache of shape [0] is what a first DynamicCache call concatenates"""
+    tensors, dim = args
+    kept = [t for t in tensors if not (g.rank(t) == 1 and g.shape(t)[0] == 0)] or list(tensors[:1])
+    if len(kept) == 1 and g.dtype(kept[0]) == g.dtype(node):
+        return kept[0]
+    rank = g.rank(kept[0])
+    return s.emit(aten.cat.default, (kept, dim % rank - rank), {}, g.val(node), node)
+
+
+def stack(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """stack(tensors, dim) with dim counted from the end of the result"""
+    rank = g.rank(node)
+    return s.emit(aten.stack.default, (list(args[0]), args[1] % rank - rank), {}, g.val(node), node)
+
+
+def attention(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """scaled_dot_product_attention without a scale -> with 1 / sqrt(head_dim)"""
+    size = g.shape(args[0])[-1]
+    if kwargs.get("scale") is None and isinstance(size, int) and size:
+        kwargs = {**kwargs, "scale": 1.0 / math.sqrt(size)}
+    return s.emit(aten.scaled_dot_product_attention.default, args, kwargs, g.val(node), node)
+
+
+def variance(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """var.dim(x, dims, unbiased, keepdim) -> var.correction(x, dims, correction=0 or 1, keepdim)"""
+    x, dims, unbiased, keepdim = args
+    dims = [d % g.rank(x) - g.rank(x) for d in dims] if dims else None
+    kwargs = {"correction": 1 if unbiased else 0, "keepdim": keepdim}
+    return s.emit(aten.var.correction, (x, dims), kwargs, g.val(node), node)
+
+
+def dropped(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """An assertion on dtype or layout that the trace has already checked"""
+    return None
+
+
+def dropout(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """dropout(x, p, train=False) -> x"""
+    return s.generic(node, args, kwargs) if args[2] and args[1] else args[0]
+
+
+def _table() -> dict[object, Spelling]:
+    import operator
+
+    table: dict[object, Spelling] = {operator.getitem: getitem}
+
+    def row(spelling: Spelling, *names: str) -> None:
+        for name in names:
+            packet_name, _, overload = name.partition(".")
+            packet = getattr(aten, packet_name, None)
+            if packet is not None and (overload or "default") in packet.overloads():
+                table[getattr(packet, overload or "default")] = spelling
+
+    row(identity, "clone", "contiguous", "detach", "detach_", "alias", "lift_fresh", "lift_fresh_copy", "positive")
+    row(dropped, "_assert_tensor_metadata")
+    row(dropout, "dropout", "feature_dropout", "alpha_dropout")
+    row(reshape, "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "squeeze.dim", "squeeze.dims", "ravel")
+    row(reshape, "flatten.using_ints", "unflatten.int", "view_as", "reshape_as", "view_copy", "unsqueeze_copy")
+    row(permute(lambda rank, a: _swapped(rank, a[1], a[2])), "transpose.int", "swapaxes", "swapdims")
+    row(permute(lambda rank, a: a[1]), "permute")
+    row(permute(lambda rank, a: range(rank)[::-1]), "t", "numpy_T")
+    row(permute(lambda rank, a: _swapped(rank, -1, -2)), "mT", "mH", "adjoint")
+    row(permute(_moved), "movedim.int", "movedim.intlist", "moveaxis.int", "moveaxis.intlist")
+    row(expand, "expand", "expand_as", "broadcast_to")
+    row(slice_, "slice.Tensor")
+    row(narrow, "narrow")
+    row(select, "select.int")
+    row(pieces, "split.Tensor", "split.sizes", "split_with_sizes", "chunk", "tensor_split.sections")
+    row(unbind, "unbind.int")
+    row(cast, "to.dtype", "to.device", "to.dtype_layout", "to.other", "type_as", "_to_copy")
+    row(softmax, "softmax.int", "_softmax", "special_softmax")
+    row(add, "add.Tensor", "add.Scalar")
+    row(sub, "sub.Tensor", "sub.Scalar", "subtract.Tensor")
+    row(rsub, "rsub.Tensor", "rsub.Scalar")
+    row(mul, "mul.Tensor", "mul.Scalar", "multiply.Tensor")
+    row(div, "div.Tensor", "div.Scalar", "true_divide.Tensor", "divide.Tensor")
+    row(power, "pow.Tensor_Scalar", "square")
+    for name, opposite in (("le", None), ("lt", None), ("eq", None), ("ne", None), ("ge", "le"), ("gt", "lt")):
+        scalar = getattr(aten, name).Scalar
+        tensor = getattr(aten, opposite or name).Tensor
+        long = {"le": "less_equal", "lt": "less", "eq": "eq", "ne": "not_equal", "ge": "greater_equal", "gt": "greater"}[name]
+        spelled = compare(scalar, tensor, swap=opposite is not None)
+        row(spelled, f"{name}.Tensor", f"{name}.Scalar", f"{long}.Tensor", f"{long}.Scalar")
+    row(logical(aten.logical_and.default), "__and__.Tensor", "bitwise_and.Tensor", "logical_and")
+    row(logical(aten.logical_or.default), "__or__.Tensor", "bitwise_or.Tensor", "logical_or")
+    row(logical(aten.logical_xor.default), "__xor__.Tensor", "bitwise_xor.Tensor", "logical_xor")
+    row(logical(aten.logical_not.default), "bitwise_not", "logical_not")
+    row(matmul, "matmul", "mm", "bmm")
+    row(addmm, "addmm")
+    row(cat, "cat", "concat", "concatenate")
+    row(stack, "stack")
+    row(attention, "scaled_dot_product_attention")
+    row(variance, "var.dim")
+    return table
+
+
+SPELLINGS: dict[object, Spelling] = _table()

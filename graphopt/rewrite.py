@@ -1,0 +1,351 @@
+"""Edit a graph for a rule: the only code that does. What must hold at every edit is checked here, once.
+
+An edit happens only if no inner value of the match is read from outside, everything the new nodes read comes before
+everything that reads them, and the match's id is not denied. New nodes carry their origin, module path, source line and
+abstract value.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from graphopt import graph as g
+from graphopt import torch_private
+from graphopt.match import Binding, Miss, match, outside_reader
+from graphopt.observe import Matched, Observer, Refused, emit
+from graphopt.rule import Carried, Parameter, Part, Rule, Symbolic, Variant, variants
+
+aten = torch.ops.aten
+SWEEP_BOUND = 12  # a rule set that still changes the graph after so many sweeps does not terminate
+ARITHMETIC = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Div: operator.truediv,
+}
+KEPT_MISSES = 400  # per run; the report shows the nearest of each rule
+
+
+@dataclass(frozen=True)
+class Match:
+    """One applied match. `id` is stable over runs: rule, module path, structural hash, ordinal."""
+
+    id: str
+    rule: str
+    module_path: str
+    source: str
+    nodes: tuple[str, ...]
+    new_nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a rule did not apply at a place; `depth` is how many of its nodes had matched there."""
+
+    rule: str
+    node: str
+    module_path: str
+    source: str
+    reason: str
+    depth: int
+
+
+@dataclass
+class Rewriter:
+    """Applies rules to one graph until nothing changes, telling observers."""
+
+    gm: fx.GraphModule
+    rules: tuple[Rule, ...]
+    observers: tuple[Observer, ...] = ()
+    deny: frozenset[str] = frozenset()
+    fuel: int | None = None
+    order: dict[fx.Node, float] = field(default_factory=dict)
+    ids: dict[str, int] = field(default_factory=dict)
+    misses: dict[tuple[str, fx.Node], Miss] = field(default_factory=dict)
+    sizes: dict[object, fx.Node] = field(default_factory=dict)
+
+    def run(self) -> int:
+        """Sweep to a fixpoint; returns how many matches were applied.
+
+        Raises:
+            RuntimeError: the rules still change the graph after SWEEP_BOUND sweeps.
+        """
+        index = self.index()
+        applied = 0
+        for _ in range(SWEEP_BOUND):
+            changed = self.sweep(index)
+            applied += changed
+            if not changed:
+                break
+        else:
+            raise RuntimeError(f"the rules still change the graph after {SWEEP_BOUND} sweeps; two of them undo each other")
+        g.eliminate_dead_code(self.gm.graph)
+        self.report_misses()
+        self.gm.graph.lint()
+        self.gm.recompile()
+        return applied
+
+    def index(self) -> dict[object, list[Variant]]:
+        """The variants that can occur in this graph, by the operator of their anchor, in the rules' order."""
+        found: dict[object, list[Variant]] = {}
+        dtypes = {v.dtype for n in self.gm.graph.nodes if isinstance(v := g.val(n), torch.Tensor)}
+        for rule in self.rules:
+            for variant in variants(rule, dtypes):
+                found.setdefault(variant.anchor.target, []).append(variant)
+        return found
+
+    def sweep(self, index: Mapping[object, list[Variant]]) -> int:
+        """Visit every node once, in order, and apply the first rule that matches there."""
+        nodes = list(self.gm.graph.nodes)
+        self.order = {node: float(i) for i, node in enumerate(nodes)}
+        self.misses.clear()
+        changed = 0
+        for node in nodes:
+            if node.op != "call_function" or node._erased:
+                continue
+            for variant in index.get(node.target, ()):
+                if self.fuel == 0:
+                    return changed
+                if self.attempt(variant, node):
+                    changed += 1
+                    break
+        return changed
+
+    def attempt(self, variant: Variant, node: fx.Node) -> bool:
+        """Match a variant at a node and apply it; a miss is kept if it came far enough to be worth reading."""
+        found = match(variant, node)
+        if isinstance(found, Miss):
+            if found.depth > 1:
+                known = self.misses.get((variant.rule.name, node))
+                if known is None or known.depth < found.depth:
+                    self.misses[variant.rule.name, node] = found
+            return False
+        return self.apply(variant, found)
+
+    # ------------------------------------------------------------------------------------------- applying
+
+    def apply(self, variant: Variant, binding: Binding) -> bool:
+        """Replace a match; False, with a refusal kept, if it must not be."""
+        outputs = [binding.nodes[p] for p in variant.pattern.outputs if isinstance(p, Part)]
+        anchor = outputs[0]
+        identity = self.identify(variant.rule, binding, anchor)
+        reason = "denied" if identity in self.deny else self.unsafe(variant, binding)
+        place = None if reason else self.place(binding, outputs)
+        if place is None:
+            reason = reason or "something that it reads is computed only after its result is used"
+            self.misses[variant.rule.name, anchor] = Miss(len(binding.nodes), anchor, reason)
+            return False
+        base = identity.split("~")[0]
+        self.ids[base] = self.ids.get(base, 0) + 1
+        replaced = [n for p, n in binding.nodes.items() if not p.leaf]
+        origin = g.Origin(variant.rule.name, identity, tuple(n.name for n in replaced))
+        with self.gm.graph.inserting_before(place):
+            new = self.instantiate(variant, binding, outputs, origin)
+        added = tuple(n.name for n in new if isinstance(n, fx.Node))
+        for old, fresh in zip(outputs, new, strict=True):
+            if isinstance(fresh, fx.Node):
+                old.replace_all_uses_with(fresh)
+        for node in sorted(replaced, key=lambda n: -self.order[n]):
+            if not node.users:
+                self.gm.graph.erase_node(node)
+        done = Match(identity, origin.rule, g.module_path(anchor), g.source(anchor), origin.replaced, added)
+        emit(self.observers, Matched(done))
+        if self.fuel is not None:
+            self.fuel -= 1
+        return True
+
+    def unsafe(self, variant: Variant, binding: Binding) -> str:
+        """Why the match must not be applied although it fits; checked again right before the edit."""
+        if any(n._erased for n in binding.nodes.values()):
+            return "another rewrite has replaced a part of it"
+        outside = outside_reader(variant, binding)
+        if outside is not None:
+            return outside[1]
+        for leaf in binding.leaves.values():
+            if isinstance(leaf, fx.Node) and leaf.meta.get("keep") and any(g.is_mutable(u.target) for u in leaf.users):
+                return f"{leaf.name} is written in place by an operator that has no pure form"
+        return ""
+
+    def place(self, binding: Binding, outputs: list[fx.Node]) -> fx.Node | None:
+        """Where the new nodes go: after all they read, before all that reads them; None if there is no such place."""
+        reads = [v for v in (*binding.leaves.values(), *binding.names.values(), *binding.carried.values())]
+        last = max((self.order[n] for n in reads if isinstance(n, fx.Node) and n in self.order), default=-1.0)
+        first = min(outputs, key=self.order.__getitem__)
+        if last < self.order[first]:
+            return first
+        inside = set(binding.nodes.values())
+        readers = [u for n in outputs for u in n.users if u not in inside]
+        after = min(readers, key=self.order.__getitem__, default=None)
+        if after is not None and last < self.order[after]:
+            return after
+        return None
+
+    def identify(self, rule: Rule, binding: Binding, anchor: fx.Node) -> str:
+        """A stable id: rule @ module path # structural hash (~ ordinal, where one module has several)."""
+        shapes = [f"{n}:{[str(s) for s in g.shape(v)]}" for n, v in binding.leaves.items() if isinstance(v, fx.Node)]
+        names = [f"{n}={g.number(v) if not isinstance(v, str) else v}" for n, v in binding.names.items()]
+        digest = hashlib.sha1(";".join([*shapes, *names]).encode(), usedforsecurity=False).hexdigest()[:6]
+        base = f"{rule.name}@{g.module_path(anchor) or '-'}#{digest}"
+        ordinal = self.ids.get(base, 0)
+        return f"{base}~{ordinal + 1}" if ordinal else base
+
+    # ------------------------------------------------------------------------------------------ templates
+
+    def instantiate(
+        self, variant: Variant, binding: Binding, outputs: list[fx.Node], origin: g.Origin
+    ) -> list[object]:
+        """The replacement's nodes, made from its template by substitution."""
+        made: dict[Part, object] = {}
+        anchor = outputs[0]
+        side = variant.replacement
+        results = {p: old for p, old in zip(side.outputs, outputs, strict=True) if isinstance(p, Part)}
+
+        def argument(value: object) -> object:
+            if isinstance(value, Part):
+                return binding.leaves[value.leaf] if value.leaf else made[value]
+            if isinstance(value, tuple):
+                return [argument(v) for v in value]
+            if isinstance(value, Symbolic):
+                return self.number(value, binding)
+            if isinstance(value, Parameter):
+                return binding.names[value.name]
+            return value
+
+        for part in side.parts:
+            if part.leaf:
+                continue
+            args = [argument(a) for a in part.args]
+            kwargs = {k: argument(v) for k, v in part.kwargs.items()}
+            args, kwargs = _carry(part.target, args, kwargs, binding.carried)
+            if part.target is aten.reshape.default and part not in results:
+                made[part] = self.reshaped(args, anchor, origin)
+                continue
+            name = part.target._schema.name.split("::")[1] if isinstance(part.target, torch._ops.OpOverload) else None
+            node = self.gm.graph.create_node("call_function", part.target, tuple(args), kwargs, name=name)  # type: ignore[arg-type]
+            g.copy_provenance(node, anchor)
+            node.meta["origin"] = origin
+            made[part] = node
+            old = results.get(part)
+            g.set_val(node, g.val(old) if old is not None else self.value(part, node, side.parts, results))
+            self.order[node] = self.order[anchor]
+        return [argument(p) for p in side.outputs]
+
+    def reshaped(self, args: list[object], anchor: fx.Node, origin: g.Origin) -> fx.Node:
+        """A template's reshape in canonical form: of the first tensor of a chain, and none where it changes nothing."""
+        x, sizes = args
+        while g.is_call(x, aten.reshape.default):
+            x = x.args[0]  # type: ignore[union-attr]  # a call
+        assert isinstance(x, fx.Node) and isinstance(sizes, list)
+        have = [g.expression(s) for s in g.shape(x)]
+        if len(have) == len(sizes) and all(g.equal(a, g.number(b)) for a, b in zip(have, sizes, strict=True)):
+            return x
+        node = self.gm.graph.create_node("call_function", aten.reshape.default, (x, sizes), name="reshape")  # type: ignore[arg-type]
+        g.copy_provenance(node, anchor)
+        node.meta["origin"] = origin
+        g.set_val(node, fake_result(node))
+        self.order[node] = self.order[anchor]
+        return node
+
+    def value(self, part: Part, node: fx.Node, parts: Iterable[Part], results: Mapping[Part, fx.Node]) -> object:
+        """The abstract value of a template's inner node: from the outputs it feeds, else by running it on fakes."""
+        picks = {p.args[1]: results[p] for p in parts if p.target is operator.getitem and p.args[0] is part and p in results}
+        if picks and isinstance(node.target, torch._ops.OpOverload) and len(picks) == len(node.target._schema.returns):
+            return tuple(g.val(picks[i]) for i in sorted(picks))  # type: ignore[type-var]  # indices are ints
+        return fake_result(node)
+
+    def number(self, value: Symbolic, binding: Binding) -> object:
+        """A scalar of the replacement: the bound literal or node, or arithmetic on what is bound."""
+        if value.is_name:
+            return self.bound_number(binding.names[value.names[0]], binding)
+        from graphopt.match import evaluate
+
+        plain = evaluate(value, binding.names)
+        if isinstance(plain, (int, float)):
+            return plain
+        return self.arithmetic(ast.parse(value.text, mode="eval").body, binding)
+
+    def bound_number(self, bound: object, binding: Binding) -> object:
+        """What a name is bound to as an argument: sizes become the node that holds them."""
+        expr = g.expression(bound)
+        if isinstance(bound, fx.Node) or isinstance(expr, (int, float, str)):
+            return bound if isinstance(bound, fx.Node) else expr
+        if expr not in self.sizes:
+            self.sizes[expr] = self.size_node(expr, bound, binding)
+        return self.sizes[expr]
+
+    def size_node(self, expr: object, size: object, binding: Binding) -> fx.Node:
+        """A node that holds a symbolic size: an input that is it, else the size of a tensor that has it."""
+        for node in g.placeholders(self.gm.graph):
+            if g.number(node) == expr:
+                return node
+        for leaf in binding.leaves.values():
+            if not isinstance(leaf, fx.Node):
+                continue
+            for i, have in enumerate(g.shape(leaf)):
+                if g.expression(have) == expr:
+                    node = self.gm.graph.create_node("call_function", aten.sym_size.int, (leaf, i))
+                    g.set_val(node, size)
+                    return node
+        raise RuntimeError(f"no tensor of the match has the size {expr}")
+
+    def arithmetic(self, tree: ast.expr, binding: Binding) -> object:
+        """An expression of bound names as nodes: `scale * factor` where both are graph values."""
+        if isinstance(tree, ast.Name):
+            return self.bound_number(binding.names[tree.id], binding)
+        if isinstance(tree, ast.Constant):
+            return tree.value
+        if not isinstance(tree, ast.BinOp):
+            raise RuntimeError(f"a replacement computes {ast.unparse(tree)}; only + - * / // on names are supported")
+        function = ARITHMETIC[type(tree.op)]
+        left, right = self.arithmetic(tree.left, binding), self.arithmetic(tree.right, binding)
+        if not isinstance(left, fx.Node) and not isinstance(right, fx.Node):
+            return function(left, right)
+        node = self.gm.graph.create_node("call_function", function, (left, right))  # type: ignore[arg-type]  # numbers
+        g.set_val(node, function(g.operand(left), g.operand(right)))
+        return node
+
+    # ------------------------------------------------------------------------------------------- reporting
+
+    def report_misses(self) -> None:
+        """Tell the misses of the last sweep, the nearest first."""
+        nearest = sorted(self.misses.items(), key=lambda item: -item[1].depth)[:KEPT_MISSES]
+        for (name, _), miss in nearest:
+            node = miss.node
+            emit(
+                self.observers,
+                Refused(Refusal(name, node.name, g.module_path(node), g.source(node), miss.reason, miss.depth)),
+            )
+
+
+def fake_result(node: fx.Node) -> object:
+    """A call's abstract value, by running it on its arguments' abstract values; adds no guard."""
+    values = [g.val(n) for n in node.all_input_nodes]
+    mode = torch_private.fake_mode_of(values) or torch_private.new_fake_mode()
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), g.val)  # type: ignore[arg-type]  # values, not nodes
+    with torch_private.no_dispatch_of(mode):
+        return node.target(*args, **kwargs)  # type: ignore[operator]  # a call's target is callable
+
+
+def _carry(
+    target: object, args: list[object], kwargs: dict[str, object], carried: Mapping[str, object]
+) -> tuple[list[object], dict[str, object]]:
+    """Fill the carried arguments of our ops in a template."""
+    if not g.is_ours(target):
+        return args, kwargs
+    schema = g.schema_arguments(target)  # type: ignore[arg-type]  # an OpOverload
+
+    def fill(value: object) -> object:
+        if not isinstance(value, Carried):
+            return value
+        default = next(a.default_value for a in schema if a.name == value.name)
+        return carried.get(value.name, default)
+
+    return [fill(a) for a in args], {k: fill(v) for k, v in kwargs.items()}

@@ -1,0 +1,149 @@
+"""The one door to torch's private APIs: each function says what it reaches, and `tests/test_torch_private.py` tests it.
+
+Supported: torch >= 2.11. Where the versions differ, the difference is handled here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.fx.traceback
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+__all__ = ["FakeTensor", "FakeTensorMode", "OpOverload", "ShapeEnv"]
+
+
+def new_fake_mode(*, symbolic: bool = False) -> FakeTensorMode:
+    """A fake-tensor mode of our own; with `symbolic`, it can hold SymInts made by `symbolic_int`."""
+    return FakeTensorMode(shape_env=ShapeEnv() if symbolic else None, allow_non_fake_inputs=True)
+
+
+def fake_mode_of(values: Sequence[object]) -> FakeTensorMode | None:
+    """The mode of the first fake tensor among the values, or None."""
+    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+
+
+def symbolic_int(mode: FakeTensorMode, name: str, hint: int) -> torch.SymInt:
+    """A fresh symbolic size. Not duck-shaped: two of the same hint stay different, 0 and 1 are not special."""
+    source = ConstantSource(name)
+    env = mode.shape_env
+    assert env is not None, "symbolic_int needs a mode made with symbolic=True"
+    symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
+    return env.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[return-value]  # a SymInt for dynamic dims
+
+
+def symbolic_float(mode: FakeTensorMode, name: str, hint: float) -> torch.SymFloat:
+    """A fresh symbolic float, as Dynamo makes one of a Python float under `dynamic=True`."""
+    source = ConstantSource(name)
+    env = mode.shape_env
+    assert env is not None, "symbolic_float needs a mode made with symbolic=True"
+    symbol = env.create_unspecified_symbol(hint, source, DimDynamic.DYNAMIC)
+    return env.create_symfloatnode(symbol, hint=hint, source=source)  # type: ignore[return-value]  # as above
+
+
+def raw_expression(size: object) -> object:
+    """A SymInt's expression before the shape environment replaced symbols that it found equal; others unchanged."""
+    if isinstance(size, (torch.SymInt, torch.SymFloat)):
+        return size.node._expr
+    return size
+
+
+def equalities(mode: FakeTensorMode) -> tuple[object, ...]:
+    """The guards of the form `a == b` that running code under the mode has added."""
+    env = mode.shape_env
+    return tuple(g.expr for g in env.guards if g.expr.func.__name__ == "Equality") if env is not None else ()
+
+
+def trace(function: Callable[..., object], fakes: Sequence[object], mode: FakeTensorMode) -> fx.GraphModule:
+    """Record the pre-dispatch ATen calls of a function on fake tensors, keeping each Dynamo node's metadata.
+
+    The one trace behind every door: Dynamo graphs, exported programs and patterns all come through here.
+    """
+    with mode, torch.fx.traceback.preserve_node_meta():
+        return make_fx(function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+
+
+def backend_fakes(examples: Sequence[object]) -> tuple[FakeTensorMode, list[object]]:
+    """Inside a Dynamo backend: Dynamo's own fake mode and a fake (static or symbolic as Dynamo decided) for each input.
+
+    `source=` matters: without it lifted floats under dynamic=True die at `item`; `meta["example_value"]` would mix
+    fake modes.
+    """
+    context = torch._guards.TracingContext.get()
+    mode = context.fake_mode
+    fakes: list[object] = []
+    for example in examples:
+        if not isinstance(example, torch.Tensor):
+            fakes.append(example)
+            continue
+        symbolic = context.tensor_to_context.get(example)
+        fakes.append(
+            mode.from_tensor(
+                example,
+                symbolic_context=symbolic,
+                source=symbolic.tensor_source if symbolic else None,
+                static_shapes=symbolic is None,
+            )
+        )
+    return mode, fakes
+
+
+def in_backend() -> bool:
+    """Whether Dynamo is compiling right now, so that `backend_fakes` has a context to read."""
+    return torch._guards.TracingContext.try_get() is not None
+
+
+def dynamo_source(placeholder: fx.Node) -> str:
+    """How Dynamo spells where a placeholder comes from, as `L['self']._modules['fc']._parameters['weight']`; or ''."""
+    grapharg = placeholder.meta.get("grapharg")
+    source = getattr(grapharg, "source", None)
+    if source is None:
+        return ""
+    name = source.name
+    return name() if callable(name) else name  # a method up to torch 2.10, a property since
+
+
+def is_higher_order(target: object) -> bool:
+    """Whether a call's target is a higher-order operator (control flow, flex attention, checkpoint, ...)."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def is_traceable_subclass(value: object) -> bool:
+    """Whether a value is a wrapper tensor subclass (DTensor, NestedTensor, quantized subclasses), which we refuse."""
+    return torch.utils._python_dispatch.is_traceable_wrapper_subclass(value)
+
+
+def recompile_limit_hit(code_name: str) -> bool:
+    """Whether Dynamo gave up on a function because it was recompiled too often (it then runs eagerly, silently)."""
+    return any("recompile_limit" in reason or "cache_size_limit" in reason for reason in _unimplemented()) and bool(code_name)
+
+
+def _unimplemented() -> tuple[str, ...]:
+    return tuple(str(k) for k in torch._dynamo.utils.counters["unimplemented"])
+
+
+def trace_artifact(name: str, text: str) -> None:
+    """Hand a text artifact to `TORCH_TRACE` (readable by tlparse); free when tracing is off."""
+    torch._logging.trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text
+    )
+
+
+@contextlib.contextmanager
+def no_dispatch_of(mode: FakeTensorMode) -> Iterator[None]:
+    """Run fake computations under a mode, with its guards suppressed: looking at a value never specialises it."""
+    env = mode.shape_env
+    with mode, env.suppress_guards() if env is not None else contextlib.nullcontext():
+        yield
+
+
+def same_schema(overload: OpOverload, schema: str) -> bool:
+    """Whether an operator's schema is the one that a text as `ns::name(Tensor x) -> Tensor` spells."""
+    return str(overload._schema) == str(torch._C.parse_schema(schema))

@@ -1,0 +1,247 @@
+"""Attention as people write it: torch's SDPA, and softmax spelled out with scale, softcap, mask and repeated kv heads.
+
+The spelled-out form grows: matmul(q, k^T) becomes `attention_scores`, which swallows a scale, a softcap and a mask, until
+softmax and v make it `attention`. So each rule stays one small equation, whatever the order a model has them in.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphopt import graph as g
+from graphopt import ops
+from graphopt.match import Binding
+from graphopt.rule import Float, T, rule
+
+aten = torch.ops.aten
+
+# ---------------------------------------------------------------------------------------------------- SDPA
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """No mask."""
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def sdpa_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """is_causal: query i sees keys 0..i, counted from the first key."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+
+def sdpa_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """A boolean mask (True keeps), or an additive one."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def sdpa_grouped(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """enable_gqa, no mask."""
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
+
+
+def sdpa_grouped_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """enable_gqa and is_causal."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+
+
+def sdpa_grouped_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """enable_gqa with a mask."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+# -------------------------------------------------------------------------------------------- spelled out
+
+
+def product_scores(q: Tensor, k: Tensor) -> Tensor:
+    """q @ k^T"""
+    return q @ k.transpose(2, 3)
+
+
+def multiplied_scores(q: Tensor, k: Tensor, scale: float, factor: float) -> Tensor:
+    """scores * factor"""
+    return ops.attention_scores(q, k, scale) * factor
+
+
+def divided_scores(q: Tensor, k: Tensor, scale: float, divisor: float) -> Tensor:
+    """scores / divisor"""
+    return ops.attention_scores(q, k, scale) / divisor
+
+
+def scaled_query_scores(q: Tensor, k: Tensor, scale: float, factor: float) -> Tensor:
+    """(q * factor) @ k^T"""
+    return ops.attention_scores(q * factor, k, scale)
+
+
+def divided_query_scores(q: Tensor, k: Tensor, scale: float, divisor: float) -> Tensor:
+    """(q / divisor) @ k^T"""
+    return ops.attention_scores(q / divisor, k, scale)
+
+
+def gemma_softcap(q: Tensor, k: Tensor, cap: float) -> Tensor:
+    """tanh(scores / cap) * cap"""
+    return torch.tanh(ops.attention_scores(q, k, 1.0) / cap) * cap
+
+
+def added_mask(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """scores + mask"""
+    return ops.attention_scores(q, k, 1.0) + mask
+
+
+def filled_mask(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
+    """scores.masked_fill(hidden, lowest)"""
+    scores = ops.attention_scores(q, k, 1.0)
+    return scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+
+
+def infinite_mask(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
+    """scores.masked_fill(hidden, -inf)"""
+    return ops.attention_scores(q, k, 1.0).masked_fill(hidden, float("-inf"))
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(scores) @ v"""
+    return torch.softmax(ops.attention_scores(q, k, 1.0), dim=-1) @ v
+
+
+def upcast_softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(scores, dtype=float32).to(q.dtype) @ v"""
+    return torch.softmax(ops.attention_scores(q, k, 1.0), dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+# ---------------------------------------------------------------------------------------------- neighbours
+
+
+def repeated_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each kv head repeated for the query heads that share it (repeat_kv)."""
+    batch, kv_heads, length, k_dim = k.shape
+    groups = q.shape[1] // kv_heads
+    repeated_k = k[:, :, None].expand(batch, kv_heads, groups, length, k_dim).reshape(batch, q.shape[1], length, k_dim)
+    v_dim = v.shape[3]
+    repeated_v = v[:, :, None].expand(batch, kv_heads, groups, length, v_dim).reshape(batch, q.shape[1], length, v_dim)
+    return ops.attention(q, repeated_k, repeated_v, 1.0)
+
+
+def _feeds_softmax(binding: Binding) -> str | None:
+    """A product with a transpose is attention only if a softmax follows."""
+    readers = [u for node in binding.nodes.values() for u in node.users if g.is_call(node, aten.matmul.default)]
+    between = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.tanh.default, aten.to.dtype)
+    masks = (aten.masked_fill.Scalar, aten.where.self, aten.where.ScalarOther)
+    for _ in range(10):
+        if any(g.is_call(u, aten.softmax.int) for u in readers):
+            return None
+        readers = [r for u in readers if g.is_call(u, *between, *masks) for r in u.users]
+    return "no softmax follows the product"
+
+
+_QKV = {"q": T("b h s d"), "k": T("b h t d"), "v": T("b h t e")}
+_GROUPED = {"q": T("b hk*g s d"), "k": T("b hk t d"), "v": T("b hk t e")}
+_QK = {"q": T("b h s d"), "k": T("b h t d")}
+_MASK = T("b|1 h|1 s|1 t")
+_BOOL = T("b|1 h|1 s|1 t", "bool")
+_GROUPED_MASK = T("b|1 hk*g|1 s|1 t")
+_GROUPED_BOOL = T("b|1 hk*g|1 s|1 t", "bool")
+_SCALE = Float(0.3)
+SCORES = ("scale", "bias", "softcap", "empty_rows_mean")
+ALL = (
+    "scale",
+    "causal",
+    "offset",
+    "offset_tensor",
+    "window",
+    "key_padding",
+    "bias",
+    "softcap",
+    "sinks",
+    "empty_rows_mean",
+)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return ops.attention(q, k, v, scale)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return ops.attention(q, k, v, scale, causal=True)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return ops.attention(q, k, v, scale, bias=mask)
+
+
+def _whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ops.attention(q, k, v, 1.0)
+
+
+RULES = (
+    rule(sdpa, _plain, **_QKV, scale=_SCALE),
+    rule(sdpa_causal, _causal, **_QKV, scale=_SCALE),
+    rule(sdpa_masked, _masked, **_QKV, mask=_BOOL, scale=_SCALE),
+    rule(sdpa_masked, _masked, **_QKV, mask=_MASK, scale=_SCALE),
+    rule(sdpa_grouped, _plain, **_GROUPED, scale=_SCALE),
+    rule(sdpa_grouped_causal, _causal, **_GROUPED, scale=_SCALE),
+    rule(sdpa_grouped_masked, _masked, **_GROUPED, mask=_GROUPED_BOOL, scale=_SCALE),
+    rule(sdpa_grouped_masked, _masked, **_GROUPED, mask=_GROUPED_MASK, scale=_SCALE),
+    rule(product_scores, lambda q, k: ops.attention_scores(q, k, 1.0), guard=_feeds_softmax, **_QK),
+    rule(
+        multiplied_scores,
+        lambda q, k, scale, factor: ops.attention_scores(q, k, scale * factor),
+        **_QK,
+        scale=_SCALE,
+        factor=Float(0.7),
+    ),
+    rule(
+        divided_scores,
+        lambda q, k, scale, divisor: ops.attention_scores(q, k, scale / divisor),
+        **_QK,
+        scale=_SCALE,
+        divisor=Float(4.3),
+    ),
+    rule(
+        scaled_query_scores,
+        lambda q, k, scale, factor: ops.attention_scores(q, k, scale * factor),
+        carry=SCORES[1:],
+        **_QK,
+        scale=_SCALE,
+        factor=Float(0.7),
+    ),
+    rule(
+        divided_query_scores,
+        lambda q, k, scale, divisor: ops.attention_scores(q, k, scale / divisor),
+        carry=SCORES[1:],
+        **_QK,
+        scale=_SCALE,
+        divisor=Float(4.3),
+    ),
+    rule(
+        gemma_softcap,
+        lambda q, k, cap: ops.attention_scores(q, k, 1.0, None, cap),
+        carry=("scale",),
+        **_QK,
+        cap=Float(50.0),
+    ),
+    rule(
+        added_mask,
+        lambda q, k, mask: ops.attention_scores(q, k, 1.0, mask),
+        carry=("scale", "softcap"),
+        **_QK,
+        mask=_MASK,
+    ),
+    rule(
+        filled_mask,
+        lambda q, k, hidden: ops.attention_scores(q, k, 1.0, ~hidden, None, True),
+        carry=("scale", "softcap"),
+        **_QK,
+        hidden=_BOOL,
+    ),
+    rule(
+        infinite_mask,
+        lambda q, k, hidden: ops.attention_scores(q, k, 1.0, ~hidden),
+        carry=("scale", "softcap"),
+        **_QK,
+        hidden=_BOOL,
+    ),
+    rule(softmax_attention, _whole, carry=SCORES, **_QKV),
+    rule(upcast_softmax_attention, _whole, carry=SCORES, **_QKV),
+    rule(repeated_heads, _whole, carry=ALL, q=T("b hk*g s d"), k=T("b hk t d"), v=T("b hk t e")),
+)

@@ -1,0 +1,39 @@
+"""Linear layers, and the flattening around GPT-2's Conv1D (whose addmm is respelled as a linear on a transposed weight)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphopt import ops
+from graphopt.rule import Int, T, rule
+
+
+def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias"""
+    return F.linear(x, weight, bias)
+
+
+def flattened_linear(x: Tensor, weight: Tensor, batch: int, length: int) -> Tensor:
+    """linear(x [batch * length, k]) as [batch, length, n]: the flattening moves above the linear, where it cancels"""
+    return ops.linear(x, weight, None).reshape(batch, length, weight.shape[0])
+
+
+RULES = (
+    rule(
+        torch_linear,
+        lambda x, weight, bias: ops.linear(x, weight, bias),
+        x=T("... k"),
+        weight=T("n k"),
+        bias=T("n", optional=True),
+    ),
+    rule(
+        flattened_linear,
+        lambda x, weight, batch, length: ops.linear(x.reshape(batch, length, x.shape[1]), weight, None),
+        carry=("bias",),
+        x=T("batch*length k"),
+        weight=T("n k"),
+        batch=Int(3),
+        length=Int(5),
+    ),
+)

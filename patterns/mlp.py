@@ -1,0 +1,97 @@
+"""Activations and gated activations (Shazeer 2020, GLU variants) as people write them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphopt import ops
+from graphopt.rule import T, Text, rule
+
+
+def torch_silu(x: Tensor) -> Tensor:
+    """torch's silu"""
+    return F.silu(x)
+
+
+def hand_silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x)"""
+    return x * torch.sigmoid(x)
+
+
+def torch_relu(x: Tensor) -> Tensor:
+    """torch's relu"""
+    return F.relu(x)
+
+
+def torch_gelu(x: Tensor) -> Tensor:
+    """torch's gelu, exact"""
+    return F.gelu(x)
+
+
+def torch_gelu_tanh(x: Tensor) -> Tensor:
+    """torch's gelu, tanh approximation"""
+    return F.gelu(x, approximate="tanh")
+
+
+def gpt2_gelu(x: Tensor) -> Tensor:
+    """0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))) (Hendrycks & Gimpel 2016)"""
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def fast_gelu(x: Tensor) -> Tensor:
+    """0.5 * x * (1 + tanh(x * 0.7978845608 * (1 + 0.044715 * x * x)))"""
+    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
+def erf_gelu(x: Tensor) -> Tensor:
+    """x * 0.5 * (1 + erf(x / sqrt(2)))"""
+    return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
+
+
+def clip_quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 * x)"""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2 (So et al. 2021, Primer)"""
+    return ops.activation(x, "relu").pow(2)
+
+
+def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    """act(gate) * up"""
+    return ops.activation(gate, kind) * up
+
+
+def _activation(kind: str) -> Callable[[Tensor], Tensor]:
+    return lambda x: ops.activation(x, kind)
+
+
+_ACTIVATIONS = (
+    (torch_silu, "silu"),
+    (hand_silu, "silu"),
+    (torch_relu, "relu"),
+    (torch_gelu, "gelu"),
+    (erf_gelu, "gelu"),
+    (torch_gelu_tanh, "gelu_tanh"),
+    (gpt2_gelu, "gelu_tanh"),
+    (fast_gelu, "gelu_tanh"),
+    (clip_quick_gelu, "quick_gelu"),
+    (squared_relu, "relu2"),
+)
+
+RULES = (
+    *(rule(pattern, _activation(kind), x=T("... n")) for pattern, kind in _ACTIVATIONS),
+    rule(
+        gated,
+        lambda gate, up, kind: ops.gated_activation(gate, up, kind),
+        gate=T("... n"),
+        up=T("... n"),
+        kind=Text("quick_gelu"),
+    ),
+)

@@ -1,0 +1,161 @@
+"""Normalisations as people write them: RMSNorm (Zhang & Sennrich 2019), LayerNorm (Ba et al. 2016), each with residual."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphopt import ops
+from graphopt.rule import Float, T, rule
+
+
+def llama_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * (x_fp32 * rsqrt(mean(x_fp32^2) + eps)).to(x.dtype)"""
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * h.to(x.dtype)
+
+
+def t5_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As Llama's, but x itself is multiplied, so the product is promoted and not the factor."""
+    h = x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    return weight * h.to(x.dtype)
+
+
+def gemma_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """(x_fp32 * rsqrt(...) * (offset + weight_fp32)).to(x.dtype): scaled before the cast, by 1 + w."""
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return (h * (weight.float() + offset)).to(x.dtype)
+
+
+def fp32_scaled_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(weight_fp32 * x_fp32 * rsqrt(...)).to(x.dtype): scaled before the cast, without an offset."""
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return (h * weight.float()).to(x.dtype)
+
+
+def bare_rms_norm(x: Tensor, eps: float) -> Tensor:
+    """Without a weight."""
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def torch_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """torch.nn.RMSNorm"""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def torch_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """torch.nn.LayerNorm"""
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def hand_layer_norm_var(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias, with torch's biased variance."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + eps) * weight + bias
+
+
+def hand_layer_norm_pow(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias"""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + eps) * weight + bias
+
+
+def hand_layer_norm_rsqrt(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) * rsqrt(mean((x - mean)^2) + eps) * weight + bias"""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps) * weight + bias
+
+
+def residual_rms_norm(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """s = x + residual; rms_norm(s), s"""
+    total = x + residual
+    return ops.rms_norm(total, None, 1e-6), total
+
+
+def residual_layer_norm(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """s = x + residual; layer_norm(s), s"""
+    total = x + residual
+    return ops.layer_norm(total, None, None, 1e-6), total
+
+
+RMS = ("weight", "eps", "weight_offset", "cast_before_scale")
+LAYER = ("weight", "bias", "eps")
+_EPS = Float(1e-5)
+
+RULES = (
+    rule(
+        llama_rms_norm,
+        lambda x, weight, eps: ops.rms_norm(x, weight, eps, 0.0, True),
+        x=T("... n"),
+        weight=T("n", "W"),
+        eps=_EPS,
+    ),
+    rule(
+        t5_rms_norm,
+        lambda x, weight, eps: ops.rms_norm(x, weight, eps, 0.0, True),
+        x=T("... n"),
+        weight=T("n", "W"),
+        eps=_EPS,
+    ),
+    rule(
+        gemma_rms_norm,
+        lambda x, weight, eps, offset: ops.rms_norm(x, weight, eps, offset, False),
+        x=T("... n"),
+        weight=T("n", "W"),
+        eps=_EPS,
+        offset=Float(1.0),
+    ),
+    rule(
+        fp32_scaled_rms_norm,
+        lambda x, weight, eps: ops.rms_norm(x, weight, eps, 0.0, False),
+        x=T("... n"),
+        weight=T("n", "W"),
+        eps=_EPS,
+    ),
+    rule(
+        torch_rms_norm,
+        lambda x, weight, eps: ops.rms_norm(x, weight, eps, 0.0, False),
+        x=T("... n"),
+        weight=T("n", optional=True),
+        eps=_EPS,
+    ),
+    rule(bare_rms_norm, lambda x, eps: ops.rms_norm(x, None, eps), x=T("... n"), eps=_EPS, late=True),
+    rule(
+        torch_layer_norm,
+        lambda x, weight, bias, eps: ops.layer_norm(x, weight, bias, eps),
+        x=T("... n"),
+        weight=T("n", "W", optional=True),
+        bias=T("n", "W", optional=True),
+        eps=_EPS,
+    ),
+    *(
+        rule(
+            hand_written,
+            lambda x, weight, bias, eps: ops.layer_norm(x, weight, bias, eps),
+            x=T("... n"),
+            weight=T("n"),
+            bias=T("n"),
+            eps=_EPS,
+        )
+        for hand_written in (hand_layer_norm_var, hand_layer_norm_pow, hand_layer_norm_rsqrt)
+    ),
+    rule(
+        residual_rms_norm,
+        lambda x, residual: ops.add_rms_norm(x, residual, None, 1e-6),
+        carry=RMS,
+        x=T("... n"),
+        residual=T("...|1 n"),
+    ),
+    rule(
+        residual_layer_norm,
+        lambda x, residual: ops.add_layer_norm(x, residual, None, None, 1e-6),
+        carry=LAYER,
+        x=T("... n"),
+        residual=T("...|1 n"),
+    ),
+)

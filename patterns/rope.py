@@ -1,0 +1,54 @@
+"""Rotary position embedding (Su et al. 2021, RoFormer): half-split, interleaved and partial, on q and k together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphopt import ops
+from graphopt.rule import Int, T, rule
+
+
+def _half_turned(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
+def _pair_turned(x: Tensor) -> Tensor:
+    return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+
+
+def llama_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """x * cos + cat(-x[half:], x[:half]) * sin for q and k; cos and sin [batch or 1, length, head_dim]"""
+    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * c + _half_turned(q) * s, k * c + _half_turned(k) * s
+
+
+def cohere_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Neighbouring pairs are rotated; cos and sin come with each angle twice."""
+    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * c + _pair_turned(q) * s, k * c + _pair_turned(k) * s
+
+
+def partial_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary: int) -> tuple[Tensor, Tensor]:
+    """Only the first `rotary` dimensions of a head are rotated, the others pass."""
+    turned_q, turned_k = ops.rope(q[..., :rotary], k[..., :rotary], cos, sin, rotary)
+    return torch.cat((turned_q, q[..., rotary:]), dim=-1), torch.cat((turned_k, k[..., rotary:]), dim=-1)
+
+
+_HEADS = {"q": T("b h s d"), "k": T("b hk s d"), "cos": T("b|1 s d"), "sin": T("b|1 s d")}
+
+RULES = (
+    rule(llama_rope, lambda q, k, cos, sin: ops.rope(q, k, cos, sin, cos.shape[-1], False), **_HEADS),
+    rule(cohere_rope, lambda q, k, cos, sin: ops.rope(q, k, cos, sin, cos.shape[-1], True), **_HEADS),
+    rule(
+        partial_rope,
+        lambda q, k, cos, sin, rotary: ops.rope(q, k, cos, sin, rotary),
+        carry=("interleaved",),
+        q=T("b h s d"),
+        k=T("b hk s d"),
+        cos=T("b|1 s rotary"),
+        sin=T("b|1 s rotary"),
+        rotary=Int(6),
+    ),
+)
