@@ -300,6 +300,11 @@ def origin(node: fx.Node) -> Origin | None:
     return node.meta.get("origin")
 
 
+def base_name(target: object) -> str | None:
+    """The name for a node that calls an operator: `rms_norm`, `reshape`."""
+    return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else None
+
+
 def op_name(node: fx.Node) -> str:
     """The short name of what a node does: `rms_norm`, `aten.mul`, `placeholder`."""
     if node.op != "call_function":

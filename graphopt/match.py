@@ -30,6 +30,10 @@ COMMUTATIVE = frozenset(
         aten.minimum.default,
     }
 )
+# Free to compute twice: an inner view that something else reads, too, is simply left there for the other reader.
+VIEWS = frozenset(
+    {aten.reshape.default, aten.permute.default, aten.expand.default, aten.slice.Tensor, aten.select.int}
+)
 STEP_BOUND = 20_000  # goals for one attempt; real rules need tens
 Goal: TypeAlias = "tuple[object, object]"  # (what the pattern has, what the model has)
 Goals: TypeAlias = "tuple[Goal, Goals] | None"
@@ -93,7 +97,7 @@ def outside_reader(variant: Variant, binding: Binding) -> tuple[fx.Node, str] | 
     outputs = {id(p) for p in variant.pattern.outputs}
     inside = set(binding.nodes.values())
     for part, node in binding.nodes.items():
-        if part.leaf or id(part) in outputs:
+        if part.leaf or id(part) in outputs or part.target in VIEWS:
             continue
         for user in node.users:
             if user not in inside:

@@ -18,9 +18,11 @@ from torch import fx
 
 from graphopt import graph as g
 from graphopt import torch_private
-from graphopt.match import Binding, Miss, match, outside_reader
+from graphopt.match import Binding, Miss, evaluate, match, outside_reader
 from graphopt.observe import Matched, Observer, Refused, emit
 from graphopt.rule import Carried, Parameter, Part, Rule, Symbolic, Variant, variants
+from graphopt.rule_trace import needed_targets
+from graphopt.translate import Translation
 
 aten = torch.ops.aten
 SWEEP_BOUND = 12  # a rule set that still changes the graph after so many sweeps does not terminate
@@ -63,7 +65,7 @@ class Rewriter:
     """Applies rules to one graph until nothing changes, telling observers."""
 
     gm: fx.GraphModule
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule | Translation, ...]
     observers: tuple[Observer, ...] = ()
     deny: frozenset[str] = frozenset()
     fuel: int | None = None
@@ -93,16 +95,23 @@ class Rewriter:
         self.gm.recompile()
         return applied
 
-    def index(self) -> dict[object, list[Variant]]:
-        """The variants that can occur in this graph, by the operator of their anchor, in the rules' order."""
-        found: dict[object, list[Variant]] = {}
+    def index(self) -> dict[object, list[Variant | Translation]]:
+        """What can occur in this graph, by the operator of its anchor, in the rules' order.
+
+        Only rules whose operators are all here are traced: the others cannot match.
+        """
+        found: dict[object, list[Variant | Translation]] = {}
         dtypes = {v.dtype for n in self.gm.graph.nodes if isinstance(v := g.val(n), torch.Tensor)}
+        targets = {n.target for n in self.gm.graph.nodes if n.op == "call_function"}
         for rule in self.rules:
-            for variant in variants(rule, dtypes):
-                found.setdefault(variant.anchor.target, []).append(variant)
+            if isinstance(rule, Translation):
+                found.setdefault(rule.target, []).append(rule)
+            elif needed_targets(rule) <= targets:
+                for variant in variants(rule, dtypes):
+                    found.setdefault(variant.anchor.target, []).append(variant)
         return found
 
-    def sweep(self, index: Mapping[object, list[Variant]]) -> int:
+    def sweep(self, index: Mapping[object, list[Variant | Translation]]) -> int:
         """Visit every node once, in order, and apply the first rule that matches there."""
         nodes = list(self.gm.graph.nodes)
         self.order = {node: float(i) for i, node in enumerate(nodes)}
@@ -111,10 +120,14 @@ class Rewriter:
         for node in nodes:
             if node.op != "call_function" or node._erased:
                 continue
-            for variant in index.get(node.target, ()):
+            for candidate in index.get(node.target, ()):
                 if self.fuel == 0:
                     return changed
-                if self.attempt(variant, node):
+                if isinstance(candidate, Translation):
+                    done = self.translate(candidate, node)
+                else:
+                    done = self.attempt(candidate, node)
+                if done:
                     changed += 1
                     break
         return changed
@@ -130,6 +143,39 @@ class Rewriter:
             return False
         return self.apply(variant, found)
 
+    def translate(self, translation: Translation, node: fx.Node) -> bool:
+        """Say a torch operator in our vocabulary."""
+        arguments = translation.arguments(node)
+        identity = self.name_match(translation.name, node, [str(g.val(n)) for n in node.all_input_nodes])
+        if isinstance(arguments, str) or identity in self.deny:
+            reason = arguments if isinstance(arguments, str) else "denied"
+            self.misses[translation.name, node] = Miss(1, node, reason)
+            return False
+        args = tuple(arguments.get(a.name, a.default_value) for a in g.schema_arguments(translation.op))
+        name = g.base_name(translation.op)
+        with self.gm.graph.inserting_before(node):
+            new = self.gm.graph.create_node("call_function", translation.op, args, name=name)  # type: ignore[arg-type]
+        self.adopt(new, node, g.Origin(translation.name, identity, _stands_for([node])), g.val(node))
+        node.replace_all_uses_with(new)
+        self.gm.graph.erase_node(node)
+        self.applied(Match(identity, translation.name, g.module_path(new), g.source(new), (node.name,), (new.name,)))
+        return True
+
+    def adopt(self, new: fx.Node, old: fx.Node, origin: g.Origin, value: object) -> None:
+        """Give a new node its provenance, its value and its place in the order."""
+        g.copy_provenance(new, old)
+        new.meta["origin"] = origin
+        g.set_val(new, value)
+        self.order[new] = self.order[old]
+
+    def applied(self, done: Match) -> None:
+        """Tell, count, and burn fuel."""
+        base = done.id.split("~")[0]
+        self.ids[base] = self.ids.get(base, 0) + 1
+        emit(self.observers, Matched(done))
+        if self.fuel is not None:
+            self.fuel -= 1
+
     # ------------------------------------------------------------------------------------------- applying
 
     def apply(self, variant: Variant, binding: Binding) -> bool:
@@ -143,10 +189,8 @@ class Rewriter:
             reason = reason or "something that it reads is computed only after its result is used"
             self.misses[variant.rule.name, anchor] = Miss(len(binding.nodes), anchor, reason)
             return False
-        base = identity.split("~")[0]
-        self.ids[base] = self.ids.get(base, 0) + 1
         replaced = [n for p, n in binding.nodes.items() if not p.leaf]
-        origin = g.Origin(variant.rule.name, identity, tuple(n.name for n in replaced))
+        origin = g.Origin(variant.rule.name, identity, _stands_for(replaced))
         with self.gm.graph.inserting_before(place):
             new = self.instantiate(variant, binding, outputs, origin)
         added = tuple(n.name for n in new if isinstance(n, fx.Node))
@@ -156,10 +200,7 @@ class Rewriter:
         for node in sorted(replaced, key=lambda n: -self.order[n]):
             if not node.users:
                 self.gm.graph.erase_node(node)
-        done = Match(identity, origin.rule, g.module_path(anchor), g.source(anchor), origin.replaced, added)
-        emit(self.observers, Matched(done))
-        if self.fuel is not None:
-            self.fuel -= 1
+        self.applied(Match(identity, origin.rule, g.module_path(anchor), g.source(anchor), origin.replaced, added))
         return True
 
     def unsafe(self, variant: Variant, binding: Binding) -> str:
@@ -192,8 +233,12 @@ class Rewriter:
         """A stable id: rule @ module path # structural hash (~ ordinal, where one module has several)."""
         shapes = [f"{n}:{[str(s) for s in g.shape(v)]}" for n, v in binding.leaves.items() if isinstance(v, fx.Node)]
         names = [f"{n}={g.number(v) if not isinstance(v, str) else v}" for n, v in binding.names.items()]
-        digest = hashlib.sha1(";".join([*shapes, *names]).encode(), usedforsecurity=False).hexdigest()[:6]
-        base = f"{rule.name}@{g.module_path(anchor) or '-'}#{digest}"
+        return self.name_match(rule.name, anchor, [*shapes, *names])
+
+    def name_match(self, rule: str, anchor: fx.Node, about: list[str]) -> str:
+        """A match's id from its rule, its place and what is known about it."""
+        digest = hashlib.sha1(";".join(about).encode(), usedforsecurity=False).hexdigest()[:6]
+        base = f"{rule}@{g.module_path(anchor) or '-'}#{digest}"
         ordinal = self.ids.get(base, 0)
         return f"{base}~{ordinal + 1}" if ordinal else base
 
@@ -228,14 +273,17 @@ class Rewriter:
             if part.target is aten.reshape.default and part not in results:
                 made[part] = self.reshaped(args, anchor, origin)
                 continue
-            name = part.target._schema.name.split("::")[1] if isinstance(part.target, torch._ops.OpOverload) else None
-            node = self.gm.graph.create_node("call_function", part.target, tuple(args), kwargs, name=name)  # type: ignore[arg-type]
-            g.copy_provenance(node, anchor)
-            node.meta["origin"] = origin
+            node = self.gm.graph.create_node(
+                "call_function",
+                part.target,  # type: ignore[arg-type]  # a call's target is callable
+                tuple(args),  # type: ignore[arg-type]  # what a template holds are arguments
+                kwargs,  # type: ignore[arg-type]  # as above
+                name=g.base_name(part.target),
+            )
             made[part] = node
             old = results.get(part)
-            g.set_val(node, g.val(old) if old is not None else self.value(part, node, side.parts, results))
-            self.order[node] = self.order[anchor]
+            value = g.val(old) if old is not None else self.value(part, node, side.parts, results)
+            self.adopt(node, anchor, origin, value)
         return [argument(p) for p in side.outputs]
 
     def reshaped(self, args: list[object], anchor: fx.Node, origin: g.Origin) -> fx.Node:
@@ -248,10 +296,7 @@ class Rewriter:
         if len(have) == len(sizes) and all(g.equal(a, g.number(b)) for a, b in zip(have, sizes, strict=True)):
             return x
         node = self.gm.graph.create_node("call_function", aten.reshape.default, (x, sizes), name="reshape")  # type: ignore[arg-type]
-        g.copy_provenance(node, anchor)
-        node.meta["origin"] = origin
-        g.set_val(node, fake_result(node))
-        self.order[node] = self.order[anchor]
+        self.adopt(node, anchor, origin, fake_result(node))
         return node
 
     def value(self, part: Part, node: fx.Node, parts: Iterable[Part], results: Mapping[Part, fx.Node]) -> object:
@@ -265,8 +310,6 @@ class Rewriter:
         """A scalar of the replacement: the bound literal or node, or arithmetic on what is bound."""
         if value.is_name:
             return self.bound_number(binding.names[value.names[0]], binding)
-        from graphopt.match import evaluate
-
         plain = evaluate(value, binding.names)
         if isinstance(plain, (int, float)):
             return plain
@@ -332,6 +375,15 @@ def fake_result(node: fx.Node) -> object:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), g.val)  # type: ignore[arg-type]  # values, not nodes
     with torch_private.no_dispatch_of(mode):
         return node.target(*args, **kwargs)  # type: ignore[operator]  # a call's target is callable
+
+
+def _stands_for(replaced: Iterable[fx.Node]) -> tuple[str, ...]:
+    """The captured nodes behind the replaced ones: a rewrite of a rewrite stands for what the first one stood for."""
+    names: dict[str, None] = {}
+    for node in replaced:
+        before = g.origin(node)
+        names.update(dict.fromkeys((*(before.replaced if before else ()), node.name)))
+    return tuple(names)
 
 
 def _carry(

@@ -95,6 +95,14 @@ class Rule:
         """The pattern's name, which says who writes it so."""
         return self.pattern.__name__
 
+    def dtype_variables(self) -> tuple[str, ...]:
+        """The names of its float dtypes: "T", "W"."""
+        return tuple(sorted({s.dtype for s in self.specs.values() if isinstance(s, T) and len(s.dtype) == 1}))
+
+    def optional(self) -> tuple[str, ...]:
+        """The parameters that may be None."""
+        return tuple(name for name, s in self.specs.items() if isinstance(s, T) and s.optional)
+
     def __hash__(self) -> int:
         return id(self)
 
@@ -205,8 +213,7 @@ def variants(rule: Rule, dtypes: Iterable[torch.dtype]) -> tuple[Variant, ...]:
         RuleError: the pattern leaves no trace of a parameter, fixes a named dimension, or is no graph of calls.
     """
     present = tuple(d for d in FLOATS if d in set(dtypes))
-    variables = sorted({s.dtype for s in rule.specs.values() if isinstance(s, T) and len(s.dtype) == 1})
-    optional = [name for name, s in rule.specs.items() if isinstance(s, T) and s.optional]
+    variables, optional = rule.dtype_variables(), rule.optional()
     found: dict[str, Variant] = {}
     for choice in itertools.product(present, repeat=len(variables)):
         for missing in itertools.product((False, True), repeat=len(optional)):

@@ -8,8 +8,11 @@ same, and costs 100-1000 ms a rule in sympy instead of 10-60.)
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -28,7 +31,8 @@ SIZES = (
     (2003, 2011, 2017, 2027, 2029, 2039, 2053, 2063, 2069, 2081, 2083, 2087),
 )
 SMALL = ((101, 103, 107, 109), (211, 223, 227, 229))  # Int parameters: smaller than any dimension they cut
-FACTORS = (0.9990234573, 1.0009765432)  # a Float parameter's sample, made unmistakable
+# What a Float parameter's sample is multiplied with: unmistakable, and no two parameters keep their ratio or product.
+FACTORS = ((0.9990234573, 1.0031567891, 0.9957123457), (1.0009765432, 0.9961234567, 1.0123456789))
 
 
 def trace_sides(rule: Rule, dtypes: Mapping[str, torch.dtype], absent: tuple[str, ...]) -> tuple[Side, Side]:
@@ -39,14 +43,22 @@ def trace_sides(rule: Rule, dtypes: Mapping[str, torch.dtype], absent: tuple[str
             expression of the rule's names.
     """
     broadcast = any("|1" in word for s in rule.specs.values() if isinstance(s, T) for word in s.dims.split() if word[:3] != "...")
-    points = [Point.of(rule, i, ones=False) for i in range(2)]
-    if broadcast:
-        points.append(Point.of(rule, 0, ones=True))
+    where = [(0, False), (1, False), *([(0, True)] if broadcast else [])]
+    points = [Point.of(rule, index, ones) for index, ones in where]
+    choice = tuple(dtypes.items())
     sides = []
     for function in (rule.pattern, rule.replacement):
-        traced = [_trace(rule, function, point, dtypes, absent) for point in points]
+        traced = [_trace(rule, function, index, ones, choice, absent) for index, ones in where]
         sides.append(_generalise(rule, traced, points))
     return sides[0], sides[1]
+
+
+@functools.cache
+def needed_targets(rule: Rule) -> frozenset[object]:
+    """The torch operators that a graph must have for the pattern to occur, found by one trace in fp32 (no casts)."""
+    dtypes = tuple((name, torch.float32) for name in rule.dtype_variables())
+    side = _trace(rule, rule.pattern, 0, False, dtypes, rule.optional())
+    return frozenset(p.target for p in side.parts if not p.leaf and not g.is_ours(p.target) and p.target is not operator.getitem)
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,10 @@ class Point:
                         sizes[name] = next(large)
                 if "|1" in word:
                     sizes[word] = 1 if ones else math.prod(_factor(f, sizes) for f in word.split("|")[0].split("*"))
-        floats = {n: s.sample * FACTORS[index] for n, s in rule.specs.items() if isinstance(s, Float)}
+        scalars = [(n, s.sample) for n, s in rule.specs.items() if isinstance(s, Float)]
+        floats = {n: sample * factor for (n, sample), factor in zip(scalars, FACTORS[index], strict=False)}
+        if len(floats) < len(scalars):
+            raise RuleError(f"{rule.name} has {len(scalars)} Float parameters; at most {len(FACTORS[0])} are supported")
         return Point(sizes, floats)
 
     def shape(self, spec: T) -> tuple[int, ...]:
@@ -106,14 +121,17 @@ def dimension(word: str) -> object:
 # ------------------------------------------------------------------------------------------------ one trace
 
 
+@functools.cache
 def _trace(
     rule: Rule,
     function: Callable[..., object],
-    point: Point,
-    dtypes: Mapping[str, torch.dtype],
+    index: int,
+    ones: bool,
+    choice: tuple[tuple[str, torch.dtype], ...],
     absent: tuple[str, ...],
 ) -> Side:
     """Trace and canonicalise one side at one point, with plain literals."""
+    point, dtypes = Point.of(rule, index, ones), dict(choice)
     mode = torch_private.new_fake_mode()
     tensors: dict[str, torch.Tensor] = {}
     fixed: dict[str, object] = {}
@@ -194,7 +212,8 @@ def _open(rule: Rule, target: object, args: tuple, kwargs: dict[str, object]) ->
 
 def _generalise(rule: Rule, traced: list[Side], points: list[Point]) -> Side:
     """The first trace, its literals replaced by expressions that also give what the other traces have."""
-    first = traced[0]
+    first = copy.deepcopy(traced[0])  # traces are cached, and this one is edited
+    traced = [first, *traced[1:]]
     if any([p.target for p in side.parts] != [p.target for p in first.parts] for side in traced[1:]):
         raise RuleError(f"{rule.name}: it is another graph at other sizes; split it into a rule for each")
     place = {part: i for i, part in enumerate(first.parts)}

@@ -1,4 +1,4 @@
-"""Attention as people write it: torch's SDPA, and softmax spelled out with scale, softcap, mask and repeated kv heads.
+"""Attention spelled out with softmax, scale, softcap, mask and repeated kv heads (torch's own SDPA is in `torch_ops`).
 
 The spelled-out form grows: matmul(q, k^T) becomes `attention_scores`, which swallows a scale, a softcap and a mask, until
 softmax and v make it `attention`. So each rule stays one small equation, whatever the order a model has them in.
@@ -7,7 +7,6 @@ softmax and v make it `attention`. So each rule stays one small equation, whatev
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt import graph as g
@@ -16,39 +15,6 @@ from graphopt.match import Binding
 from graphopt.rule import Float, T, rule
 
 aten = torch.ops.aten
-
-# ---------------------------------------------------------------------------------------------------- SDPA
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """No mask."""
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
-
-
-def sdpa_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """is_causal: query i sees keys 0..i, counted from the first key."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-
-
-def sdpa_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """A boolean mask (True keeps), or an additive one."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-
-
-def sdpa_grouped(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """enable_gqa, no mask."""
-    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
-
-
-def sdpa_grouped_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """enable_gqa and is_causal."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-
-
-def sdpa_grouped_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """enable_gqa with a mask."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-
 
 # -------------------------------------------------------------------------------------------- spelled out
 
@@ -78,9 +44,9 @@ def divided_query_scores(q: Tensor, k: Tensor, scale: float, divisor: float) -> 
     return ops.attention_scores(q / divisor, k, scale)
 
 
-def gemma_softcap(q: Tensor, k: Tensor, cap: float) -> Tensor:
-    """tanh(scores / cap) * cap"""
-    return torch.tanh(ops.attention_scores(q, k, 1.0) / cap) * cap
+def gemma_softcap(q: Tensor, k: Tensor, scale: float, cap: float) -> Tensor:
+    """tanh(scores) * cap, when the scores have already swallowed their division by cap"""
+    return torch.tanh(ops.attention_scores(q, k, scale)) * cap
 
 
 def added_mask(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
@@ -135,12 +101,9 @@ def _feeds_softmax(binding: Binding) -> str | None:
 
 
 _QKV = {"q": T("b h s d"), "k": T("b h t d"), "v": T("b h t e")}
-_GROUPED = {"q": T("b hk*g s d"), "k": T("b hk t d"), "v": T("b hk t e")}
 _QK = {"q": T("b h s d"), "k": T("b h t d")}
 _MASK = T("b|1 h|1 s|1 t")
 _BOOL = T("b|1 h|1 s|1 t", "bool")
-_GROUPED_MASK = T("b|1 hk*g|1 s|1 t")
-_GROUPED_BOOL = T("b|1 hk*g|1 s|1 t", "bool")
 _SCALE = Float(0.3)
 SCORES = ("scale", "bias", "softcap", "empty_rows_mean")
 ALL = (
@@ -157,31 +120,11 @@ ALL = (
 )
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return ops.attention(q, k, v, scale)
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return ops.attention(q, k, v, scale, causal=True)
-
-
-def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    return ops.attention(q, k, v, scale, bias=mask)
-
-
 def _whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ops.attention(q, k, v, 1.0)
 
 
 RULES = (
-    rule(sdpa, _plain, **_QKV, scale=_SCALE),
-    rule(sdpa_causal, _causal, **_QKV, scale=_SCALE),
-    rule(sdpa_masked, _masked, **_QKV, mask=_BOOL, scale=_SCALE),
-    rule(sdpa_masked, _masked, **_QKV, mask=_MASK, scale=_SCALE),
-    rule(sdpa_grouped, _plain, **_GROUPED, scale=_SCALE),
-    rule(sdpa_grouped_causal, _causal, **_GROUPED, scale=_SCALE),
-    rule(sdpa_grouped_masked, _masked, **_GROUPED, mask=_GROUPED_BOOL, scale=_SCALE),
-    rule(sdpa_grouped_masked, _masked, **_GROUPED, mask=_GROUPED_MASK, scale=_SCALE),
     rule(product_scores, lambda q, k: ops.attention_scores(q, k, 1.0), guard=_feeds_softmax, **_QK),
     rule(
         multiplied_scores,
@@ -215,9 +158,9 @@ RULES = (
     ),
     rule(
         gemma_softcap,
-        lambda q, k, cap: ops.attention_scores(q, k, 1.0, None, cap),
-        carry=("scale",),
+        lambda q, k, scale, cap: ops.attention_scores(q, k, scale * cap, None, cap),
         **_QK,
+        scale=_SCALE,
         cap=Float(50.0),
     ),
     rule(

@@ -1,17 +1,11 @@
-"""Linear layers, and the flattening around GPT-2's Conv1D (whose addmm is respelled as a linear on a transposed weight)."""
+"""The flattening around GPT-2's Conv1D (whose addmm is respelled as a linear on a transposed weight)."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt import ops
 from graphopt.rule import Int, T, rule
-
-
-def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias"""
-    return F.linear(x, weight, bias)
 
 
 def flattened_linear(x: Tensor, weight: Tensor, batch: int, length: int) -> Tensor:
@@ -20,13 +14,6 @@ def flattened_linear(x: Tensor, weight: Tensor, batch: int, length: int) -> Tens
 
 
 RULES = (
-    rule(
-        torch_linear,
-        lambda x, weight, bias: ops.linear(x, weight, bias),
-        x=T("... k"),
-        weight=T("n k"),
-        bias=T("n", optional=True),
-    ),
     rule(
         flattened_linear,
         lambda x, weight, batch, length: ops.linear(x.reshape(batch, length, x.shape[1]), weight, None),

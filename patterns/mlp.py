@@ -1,4 +1,4 @@
-"""Activations and gated activations (Shazeer 2020, GLU variants) as people write them."""
+"""Activations written by hand, and gated activations (Shazeer 2020, GLU variants)."""
 
 from __future__ import annotations
 
@@ -6,36 +6,15 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt import ops
 from graphopt.rule import T, Text, rule
 
 
-def torch_silu(x: Tensor) -> Tensor:
-    """torch's silu"""
-    return F.silu(x)
-
-
 def hand_silu(x: Tensor) -> Tensor:
     """x * sigmoid(x)"""
     return x * torch.sigmoid(x)
-
-
-def torch_relu(x: Tensor) -> Tensor:
-    """torch's relu"""
-    return F.relu(x)
-
-
-def torch_gelu(x: Tensor) -> Tensor:
-    """torch's gelu, exact"""
-    return F.gelu(x)
-
-
-def torch_gelu_tanh(x: Tensor) -> Tensor:
-    """torch's gelu, tanh approximation"""
-    return F.gelu(x, approximate="tanh")
 
 
 def gpt2_gelu(x: Tensor) -> Tensor:
@@ -73,12 +52,8 @@ def _activation(kind: str) -> Callable[[Tensor], Tensor]:
 
 
 _ACTIVATIONS = (
-    (torch_silu, "silu"),
     (hand_silu, "silu"),
-    (torch_relu, "relu"),
-    (torch_gelu, "gelu"),
     (erf_gelu, "gelu"),
-    (torch_gelu_tanh, "gelu_tanh"),
     (gpt2_gelu, "gelu_tanh"),
     (fast_gelu, "gelu_tanh"),
     (clip_quick_gelu, "quick_gelu"),

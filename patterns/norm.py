@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt import ops
@@ -41,16 +40,6 @@ def bare_rms_norm(x: Tensor, eps: float) -> Tensor:
     """Without a weight."""
     h = x.float()
     return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def torch_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """torch.nn.RMSNorm"""
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
-
-
-def torch_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """torch.nn.LayerNorm"""
-    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
 def hand_layer_norm_var(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -117,22 +106,7 @@ RULES = (
         weight=T("n", "W"),
         eps=_EPS,
     ),
-    rule(
-        torch_rms_norm,
-        lambda x, weight, eps: ops.rms_norm(x, weight, eps, 0.0, False),
-        x=T("... n"),
-        weight=T("n", optional=True),
-        eps=_EPS,
-    ),
     rule(bare_rms_norm, lambda x, eps: ops.rms_norm(x, None, eps), x=T("... n"), eps=_EPS, late=True),
-    rule(
-        torch_layer_norm,
-        lambda x, weight, bias, eps: ops.layer_norm(x, weight, bias, eps),
-        x=T("... n"),
-        weight=T("n", "W", optional=True),
-        bias=T("n", "W", optional=True),
-        eps=_EPS,
-    ),
     *(
         rule(
             hand_written,

@@ -179,7 +179,7 @@ class Speller:
             found = self.known.get(key)
             if found is not None:
                 return found
-        new = self.graph.create_node("call_function", target, args, kwargs)  # type: ignore[arg-type]  # callable
+        new = self.graph.create_node("call_function", target, args, kwargs, name=g.base_name(target))  # type: ignore[arg-type]
         g.copy_provenance(new, like)
         g.set_val(new, value)
         if keep:

@@ -28,7 +28,7 @@ class Recognise:
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> None:
         """Edit `gm` in place."""
-        early = tuple(r for r in ctx.rules if not r.late)
+        early = tuple(r for r in ctx.rules if not getattr(r, "late", False))
         for rules in (early, ctx.rules) if len(early) < len(ctx.rules) else (early,):
             rewriter = Rewriter(gm, rules, tuple(ctx.observers), ctx.deny, ctx.fuel)
             rewriter.run()

@@ -1,0 +1,96 @@
+"""torch's own fused operators in our vocabulary: SDPA, linear, norms and activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import fx
+
+from graphopt import graph as g
+from graphopt import ops
+from graphopt.translate import Translation
+
+aten = torch.ops.aten
+
+
+def sdpa(node: fx.Node) -> Mapping[str, object] | str:
+    """scaled_dot_product_attention -> attention; `is_causal` counts from the first key, so its offset is 0."""
+    q, k, v = (g.arg(node, name) for name in ("query", "key", "value"))
+    ranks = [g.rank(x) for x in (q, k, v) if isinstance(x, fx.Node)]
+    if ranks != [4, 4, 4]:
+        return f"q, k and v have {ranks} dimensions, not 4"
+    if g.arg(node, "dropout_p"):
+        return f"dropout {g.arg(node, 'dropout_p')} is on"
+    heads, kv_heads = g.shape(q)[1], g.shape(k)[1]  # type: ignore[arg-type]  # three nodes, see above
+    if not g.same_size(heads, kv_heads) and not g.arg(node, "enable_gqa"):
+        return f"{heads} query heads and {kv_heads} kv heads without enable_gqa"
+    if not g.same_size(g.shape(q)[0], g.shape(k)[0]):  # type: ignore[arg-type]  # as above
+        return "q and k have different batch sizes"
+    scale = g.arg(node, "scale")
+    if scale is None:
+        return "the scale depends on a symbolic head_dim"
+    bias = g.arg(node, "attn_mask")
+    return {"q": q, "k": k, "v": v, "scale": scale, "causal": bool(g.arg(node, "is_causal")), "bias": bias}
+
+
+def linear(node: fx.Node) -> Mapping[str, object] | str:
+    """linear -> linear"""
+    weight = g.arg(node, "weight")
+    assert isinstance(weight, fx.Node)
+    if g.rank(weight) != 2:
+        return f"the weight has {g.rank(weight)} dimensions, not 2"
+    return {"x": g.arg(node, "input"), "weight": weight, "bias": g.arg(node, "bias")}
+
+
+def _over_last(node: fx.Node) -> str | None:
+    sizes = g.arg(node, "normalized_shape")
+    return None if isinstance(sizes, (list, tuple)) and len(sizes) == 1 else f"it normalises over {sizes}, not one dimension"
+
+
+def layer_norm(node: fx.Node) -> Mapping[str, object] | str:
+    """layer_norm over the last dimension -> layer_norm"""
+    return _over_last(node) or {
+        "x": g.arg(node, "input"),
+        "weight": g.arg(node, "weight"),
+        "bias": g.arg(node, "bias"),
+        "eps": g.arg(node, "eps"),
+    }
+
+
+def rms_norm(node: fx.Node) -> Mapping[str, object] | str:
+    """rms_norm over the last dimension -> rms_norm; torch scales in fp32, before the cast back"""
+    x = g.arg(node, "input")
+    assert isinstance(x, fx.Node)
+    eps = g.arg(node, "eps")
+    return _over_last(node) or {
+        "x": x,
+        "weight": g.arg(node, "weight"),
+        "eps": torch.finfo(g.dtype(x)).eps if eps is None else eps,
+        "cast_before_scale": False,
+    }
+
+
+def activation(kind: str) -> Callable[[fx.Node], Mapping[str, object] | str]:
+    """silu(x) -> activation(x, "silu")"""
+    return lambda node: {"x": node.args[0], "kind": kind}
+
+
+def gelu(node: fx.Node) -> Mapping[str, object] | str:
+    """gelu(x, approximate) -> activation(x, "gelu" or "gelu_tanh")"""
+    kinds = {"none": "gelu", "tanh": "gelu_tanh"}
+    approximate = g.arg(node, "approximate")
+    if approximate not in kinds:
+        return f"approximate {approximate!r} is not one of {', '.join(kinds)}"
+    return {"x": node.args[0], "kind": kinds[str(approximate)]}
+
+
+RULES = (
+    Translation("torch_sdpa", aten.scaled_dot_product_attention.default, ops.attention.overload, sdpa),
+    Translation("torch_linear", aten.linear.default, ops.linear.overload, linear),
+    Translation("torch_layer_norm", aten.layer_norm.default, ops.layer_norm.overload, layer_norm),
+    Translation("torch_rms_norm", aten.rms_norm.default, ops.rms_norm.overload, rms_norm),
+    Translation("torch_silu", aten.silu.default, ops.activation.overload, activation("silu")),
+    Translation("torch_relu", aten.relu.default, ops.activation.overload, activation("relu")),
+    Translation("torch_gelu", aten.gelu.default, ops.activation.overload, gelu),
+)
