@@ -325,6 +325,16 @@ def copy_provenance(new: fx.Node, old: fx.Node) -> None:
             new.meta[key] = old.meta[key]
 
 
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy with the same abstract values: `copy.deepcopy` would copy the fake tensors and their mode, too."""
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        env[node] = new.node_copy(node, env.__getitem__)
+        env[node].meta = dict(node.meta)
+    return new
+
+
 def eliminate_dead_code(graph: fx.Graph) -> int:
     """Drop calls that nobody reads and that have no effect; returns how many went."""
     dropped = 0

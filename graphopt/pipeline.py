@@ -17,6 +17,7 @@ from graphopt.kernel import Kernel
 from graphopt.observe import Observer, PassEnded, PassStarted, emit
 from graphopt.report import Report, ReportObserver
 from graphopt.rule import Rule
+from graphopt.translate import Translation
 from graphopt.weights import WeightStore
 
 EXACTNESS = ("bitwise", "reordered", "lossy")
@@ -38,7 +39,7 @@ class Context:
 
     store: WeightStore = field(default_factory=WeightStore)
     target: str = "cpu"
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[Rule | Translation, ...] = ()
     kernels: tuple[Kernel, ...] = ()
     observers: tuple[Observer, ...] = ()
     strict: bool = False
@@ -117,7 +118,7 @@ class Pipeline:
         observers = (*ctx.observers, report)
         inner = copy.copy(ctx)
         inner.observers = observers
-        gm = fx.GraphModule(captured.gm, copy.deepcopy(captured.gm.graph))
+        gm = fx.GraphModule(captured.gm, g.copy_graph(captured.gm.graph))
         gm.meta.update(captured.gm.meta)
         before = g.fingerprint(gm.graph)
         for index, step in enumerate(self.passes):

@@ -371,7 +371,9 @@ class Rewriter:
 def fake_result(node: fx.Node) -> object:
     """A call's abstract value, by running it on its arguments' abstract values; adds no guard."""
     values = [g.val(n) for n in node.all_input_nodes]
-    mode = torch_private.fake_mode_of(values) or torch_private.new_fake_mode()
+    mode = torch_private.fake_mode_of(values) or torch_private.fake_mode_of([g.val(n) for n in node.graph.nodes])
+    if mode is None:
+        mode = torch_private.new_fake_mode()
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), g.val)  # type: ignore[arg-type]  # values, not nodes
     with torch_private.no_dispatch_of(mode):
         return node.target(*args, **kwargs)  # type: ignore[operator]  # a call's target is callable

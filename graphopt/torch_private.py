@@ -66,7 +66,9 @@ def trace(function: Callable[..., object], fakes: Sequence[object], mode: FakeTe
 
     The one trace behind every door: Dynamo graphs, exported programs and patterns all come through here.
     """
-    with mode, torch.fx.traceback.preserve_node_meta():
+    context = torch._guards.TracingContext.try_get()
+    own = context is not None and context.fake_mode is not mode  # a pattern, traced while Dynamo compiles a model
+    with torch._guards.tracing(None) if own else contextlib.nullcontext(), mode, torch.fx.traceback.preserve_node_meta():
         return make_fx(function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
 
 
@@ -120,13 +122,31 @@ def is_traceable_subclass(value: object) -> bool:
     return torch.utils._python_dispatch.is_traceable_wrapper_subclass(value)
 
 
-def recompile_limit_hit(code_name: str) -> bool:
-    """Whether Dynamo gave up on a function because it was recompiled too often (it then runs eagerly, silently)."""
-    return any("recompile_limit" in reason or "cache_size_limit" in reason for reason in _unimplemented()) and bool(code_name)
+def recompile_limit_reached() -> str:
+    """Inside a backend: a warning if Dynamo will not compile this function again (it then runs eagerly, silently)."""
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    limit = torch._dynamo.config.recompile_limit
+    done = getattr(compile_id, "frame_compile_id", None)
+    if done is None or done + 1 < limit:
+        return ""
+    return (
+        f"this is compilation {done + 1} of {limit} of one function: from the next new shape on, torch runs it eagerly; "
+        "compile with dynamic=True, or raise torch._dynamo.config.recompile_limit"
+    )
 
 
-def _unimplemented() -> tuple[str, ...]:
-    return tuple(str(k) for k in torch._dynamo.utils.counters["unimplemented"])
+def outputs_need_gradients(gm: fx.GraphModule) -> bool:
+    """Whether any output of a Dynamo graph requires grad: judged by its example values, so `no_grad` inside counts."""
+    output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    values = [n.meta.get("example_value") for n in output.all_input_nodes]
+    return any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
+
+
+def inductor(gm: fx.GraphModule, examples: Sequence[object]) -> Callable[..., object]:
+    """Compile with torch's default backend."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend("inductor")(gm, list(examples))  # type: ignore[call-arg, arg-type]  # the registry is untyped
 
 
 def trace_artifact(name: str, text: str) -> None:
@@ -134,6 +154,13 @@ def trace_artifact(name: str, text: str) -> None:
     torch._logging.trace_structured(
         "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text
     )
+
+
+def learn_equal(a: object, b: object) -> bool:
+    """Tell the shape environment that two sizes are equal, as a guard; for what an operator requires but never checks."""
+    if not isinstance(a, torch.SymInt) and not isinstance(b, torch.SymInt):
+        return a == b
+    return bool(a == b)
 
 
 @contextlib.contextmanager

@@ -186,5 +186,12 @@ RULES = (
     ),
     rule(softmax_attention, _whole, carry=SCORES, **_QKV),
     rule(upcast_softmax_attention, _whole, carry=SCORES, **_QKV),
-    rule(repeated_heads, _whole, carry=ALL, q=T("b hk*g s d"), k=T("b hk t d"), v=T("b hk t e")),
+    rule(
+        repeated_heads,
+        _whole,
+        carry=ALL,
+        q=T("b hk*g s d"),
+        k=T("b hk t d"),
+        v=T("b hk t e"),
+    ),
 )

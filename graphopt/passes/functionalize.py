@@ -32,7 +32,12 @@ ALIAS_ONLY = frozenset({aten.detach_.default})
 
 def mutates(graph: fx.Graph) -> bool:
     """Whether any call writes to an argument."""
-    return any(g.is_mutable(n.target) and n.target not in ALIAS_ONLY for n in graph.nodes if n.op == "call_function")
+    return any(writes(n) for n in graph.nodes)
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a node is a call that writes to an argument."""
+    return node.op == "call_function" and g.is_mutable(node.target) and node.target not in ALIAS_ONLY
 
 
 def storage(value: object) -> int | None:
@@ -73,7 +78,7 @@ class _Functionalizer:
         for node in self.source.graph.nodes:
             if node.op == "output":
                 self.finish(node, inputs)
-            elif node.op == "call_function" and g.is_mutable(node.target) and node.target not in ALIAS_ONLY:
+            elif writes(node):
                 self.write(node)
             else:
                 self.keep(node)
@@ -107,9 +112,10 @@ class _Functionalizer:
             return self.env[node]
         if node is self.base[key]:
             value = self.newest[key]
+        elif writes(node):
+            value = self.read(_written_argument(node))  # an in-place call returns what it wrote
         else:
-            parent = _parent(node, key)
-            self.read(parent)
+            self.read(_parent(node, key))
             value = self.out.node_copy(node, self.read)
         self.env[node], self.seen[node] = value, self.version[key]
         return value

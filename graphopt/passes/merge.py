@@ -45,7 +45,9 @@ class Merge:
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> None:
         """Edit `gm` in place."""
-        merger = _Merger(gm.graph, self, ctx, {n: i for i, n in enumerate(gm.graph.nodes)}, g.weight_only(gm.graph))
+        merger = _Merger(
+            gm.graph, self, ctx, {n: i for i, n in enumerate(gm.graph.nodes)}, g.weight_only(gm.graph)
+        )
         for x in list(gm.graph.nodes):
             siblings = sorted((u for u in x.users if is_linear_of(u, x)), key=merger.order.__getitem__)
             if len(siblings) > 1:
@@ -113,7 +115,9 @@ class _Merger:
 
     def difference(self, node: fx.Node, other: fx.Node) -> str:
         """What sets a linear apart from a sibling."""
-        for what, one, two in zip(("module", "dtype", "device", "bias"), self.kind(node), self.kind(other), strict=True):
+        for what, one, two in zip(
+            ("module", "dtype", "device", "bias"), self.kind(node), self.kind(other), strict=True
+        ):
             if one != two:
                 return f"{what} {one} differs from {other.name}'s {two}"
         return f"{other.name} cannot be merged"
@@ -143,7 +147,9 @@ class _Merger:
 
         with self.graph.inserting_before(first):
             weight = call(aten.cat.default, [n.args[1] for n in group], 0)
-            bias = call(aten.cat.default, [n.args[2] for n in group], 0) if first.args[2] is not None else None
+            bias = (
+                call(aten.cat.default, [n.args[2] for n in group], 0) if first.args[2] is not None else None
+            )
             merged = call(LINEAR, first.args[0], weight, bias)
             start = 0
             for node in group:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import fx
 
+from graphopt.passes.masks import read_masks
 from graphopt.rewrite import Rewriter
 
 if TYPE_CHECKING:
@@ -33,3 +34,4 @@ class Recognise:
             rewriter = Rewriter(gm, rules, tuple(ctx.observers), ctx.deny, ctx.fuel)
             rewriter.run()
             ctx.fuel = rewriter.fuel
+        read_masks(gm, ctx.observers, ctx.deny)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from graphopt import graph as g
+from graphopt import torch_private
 
 if TYPE_CHECKING:
     from graphopt.passes.canonicalize import Speller
@@ -294,6 +295,8 @@ def stack(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> 
 def attention(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
     """scaled_dot_product_attention without a scale -> with 1 / sqrt(head_dim)"""
     size = g.shape(args[0])[-1]
+    if g.rank(args[1]) > 1:
+        torch_private.learn_equal(g.shape(args[1])[-2], g.shape(args[2])[-2])  # the fake of SDPA does not check it
     if kwargs.get("scale") is None and isinstance(size, int) and size:
         kwargs = {**kwargs, "scale": 1.0 / math.sqrt(size)}
     return s.emit(aten.scaled_dot_product_attention.default, args, kwargs, g.val(node), node)

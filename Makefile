@@ -1,0 +1,41 @@
+# make demo    set up .venv and run the main job
+# make test    set up .venv and run all tests
+# make check   lint and type check
+# make bench   benchmarks
+
+# Torch goes in first and by its exact version: without one, pip may choose a build with several GB of CUDA packages.
+TORCH  ?= 2.13.0
+TRITON ?= 3.7.1
+PYTHON ?= python3
+JOBS   ?= 2
+
+BIN   := .venv/bin
+READY := .venv/.ready
+PIP   := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test check bench clean
+
+demo: $(READY)
+	$(BIN)/python -m graphopt.tools.demo
+
+# Model tests spend their time compiling in Python: two processes of one thread beat one process of two threads.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m bench.bench_models
+
+# A CUDA build of torch brings its own triton, a CPU build brings none.
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install "torch==$(TORCH)"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install "triton==$(TRITON)"
+	$(PIP) install -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,75 @@
+"""What graphopt consists of: the three explicit tuples RULES, KERNELS and PIPELINE. The only file that sees every room."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from graphopt.kernel import Kernel
+from graphopt.kernels import attention as attention_kernels
+from graphopt.kernels import cache as cache_kernels
+from graphopt.kernels import layer_norm as layer_norm_kernels
+from graphopt.kernels import linear as linear_kernels
+from graphopt.kernels import mlp as mlp_kernels
+from graphopt.kernels import rms_norm as rms_norm_kernels
+from graphopt.kernels import rope as rope_kernels
+from graphopt.lowering.module import Lower
+from graphopt.observe import Observer
+from graphopt.options import Options
+from graphopt.passes.canonicalize import Canonicalize
+from graphopt.passes.merge import Merge
+from graphopt.passes.recognise import Recognise
+from graphopt.patterns import attention, cache, linear, mlp, norm, rope, torch_ops
+from graphopt.pipeline import Context, Pass, Pipeline
+from graphopt.rule import Rule
+from graphopt.translate import Translation
+from graphopt.weights import WeightStore
+
+RULES: tuple[Rule | Translation, ...] = (
+    *torch_ops.RULES,  # first: the others read what these make
+    *norm.RULES,
+    *rope.RULES,
+    *mlp.RULES,
+    *linear.RULES,
+    *attention.RULES,
+    *cache.RULES,
+)
+
+KERNELS: tuple[Kernel, ...] = (
+    *rms_norm_kernels.KERNELS,
+    *layer_norm_kernels.KERNELS,
+    *rope_kernels.KERNELS,
+    *attention_kernels.KERNELS,
+    *cache_kernels.KERNELS,
+    *linear_kernels.KERNELS,
+    *mlp_kernels.KERNELS,
+)
+
+PIPELINE: tuple[Pass, ...] = (
+    Canonicalize(),
+    Recognise(),
+    Merge(),  # after structure is known, before anything looks at the size of a weight
+    Lower(),
+)
+
+
+def context(
+    options: Options | None = None, *, store: WeightStore | None = None, observers: Sequence[Observer] = ()
+) -> Context:
+    """A context with the default tables; `store` shares prepared weights with other graphs."""
+    options = options or Options()
+    return Context(
+        store=store if store is not None else WeightStore(),
+        target=options.target,
+        rules=RULES,
+        kernels=KERNELS,
+        observers=tuple(observers),
+        strict=options.strict,
+    )
+
+
+def pipeline(options: Options | None = None, *, until: str | None = None) -> Pipeline:
+    """The default passes that the options leave, up to the one named `until`, included."""
+    options = options or Options()
+    passes = [p for p in PIPELINE if options.merge or p.name != "merge"]
+    names = [p.name for p in passes]
+    return Pipeline(tuple(passes[: names.index(until) + 1] if until else passes))

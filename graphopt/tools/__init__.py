@@ -1,0 +1,1 @@
+"""Tools on the public API: the command line, explain, diff, and the journal of a compilation."""

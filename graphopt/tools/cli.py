@@ -1,0 +1,146 @@
+"""The command `graphopt`: explain a model, show what a pass changed, run the demo."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from torch import fx
+
+from graphopt.errors import GraphoptError
+from graphopt.report import RECOGNISED
+from graphopt.tools.diff import GraphDiff, diff
+from graphopt.tools.explain import road, stages
+from graphopt.tools.models import Example, choice, load
+from graphopt.tools.snapshots import CAPTURED, Snapshots
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+
+Batch = Annotated[int, typer.Option(min=1, help="Rows of the example input.")]
+Length = Annotated[int, typer.Option(min=1, help="Tokens of a row.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")]
+Cache = Annotated[str, typer.Option(help="KV cache: none, dynamic or static.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A transformers model type (tiny and random), a directory or file with a config, or "
+        "package.module:function, which returns (model, args, kwargs)."
+    ),
+]
+Stage = Annotated[
+    str, typer.Argument(help="MODEL@STAGE; STAGE is captured (if left out) or the pass after which to look.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"graphopt {version('graphopt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """A graph-rewriting compiler for transformer inference on PyTorch."""
+
+
+@app.command("explain")
+def explain_command(
+    model: Model,
+    batch: Batch = 2,
+    length: Length = 7,
+    dtype: Dtype = "float32",
+    cache: Cache = "none",
+    json: AsJson = False,
+) -> None:
+    """Say what is recognised in a model, what is not, and why."""
+
+    def run() -> None:
+        example = load(model, batch=batch, length=length, dtype=dtype, cache=cache)
+        report = road(example.model, example.args, example.kwargs, until=RECOGNISED)
+        if json:
+            typer.echo(report.to_json(indent=2))
+        elif sys.stdout.isatty():
+            Console().print(report)
+        else:
+            typer.echo(str(report))
+
+    _or_error(run)
+
+
+@app.command("diff")
+def diff_command(
+    a: Stage,
+    b: Stage,
+    batch: Batch = 2,
+    length: Length = 7,
+    dtype: Dtype = "float32",
+    cache: Cache = "none",
+    json: AsJson = False,
+) -> None:
+    """Show how two graphs differ: `graphopt diff bert@canonicalize bert@recognise`."""
+
+    def run() -> None:
+        asked = [split(spec) for spec in (a, b)]
+        found: GraphDiff = diff(
+            *graphs(asked, lambda name: load(name, batch=batch, length=length, dtype=dtype, cache=cache))
+        )
+        if json:
+            typer.echo(found.to_json(indent=2))
+        elif sys.stdout.isatty():
+            Console().print(found, soft_wrap=True)
+        else:
+            typer.echo(str(found))
+
+    _or_error(run)
+
+
+@app.command("demo")
+def demo_command() -> None:
+    """Run the demonstration: a sentence encoder and a generating decoder, against the unmodified models."""
+    from graphopt.tools.demo import main
+
+    main()
+
+
+def split(spec: str) -> tuple[str, str]:
+    """`bert@merge` -> ("bert", "merge"); no stage: the captured graph. OptionError for an unknown one."""
+    name, at, stage = spec.rpartition("@")
+    return (name, choice(stage, stages(), "stage")) if at else (spec, CAPTURED)
+
+
+def graphs(asked: list[tuple[str, str]], load: Callable[[str], Example]) -> list[fx.GraphModule]:
+    """The graphs of (model, stage) pairs; a model that is asked for twice goes down the road once."""
+    order = stages()
+    kept: dict[str, dict[str, fx.GraphModule]] = {}
+    for name in dict.fromkeys(name for name, _ in asked):
+        example = load(name)
+        if isinstance(example.model, fx.GraphModule) and not example.args and not example.kwargs:
+            kept[name] = dict.fromkeys(order, example.model)  # a graph already: shown as it is
+            continue
+        snapshots = Snapshots()
+        last = max((stage for other, stage in asked if other == name), key=order.index)
+        road(example.model, example.args, example.kwargs, until=last, observers=(snapshots,))
+        kept[name] = snapshots.graphs
+    return [kept[name][stage] for name, stage in asked]
+
+
+def _or_error(run: Callable[[], None]) -> None:
+    """Run; our own errors become one line and exit status 2, anything else keeps its traceback."""
+    try:
+        run()
+    except GraphoptError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,67 @@
+"""Say what graphopt makes of a model, without running it: what is recognised, what is not, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+import graphopt.defaults as defaults
+from graphopt.capture import capture
+from graphopt.errors import OptionError
+from graphopt.observe import Observer, PassStarted, emit
+from graphopt.pipeline import Pipeline, passes_named
+from graphopt.report import RECOGNISED, Report
+from graphopt.journal import from_environment
+from graphopt.tools.snapshots import CAPTURED
+
+
+def explain(
+    model: torch.nn.Module | torch.export.ExportedProgram | Callable[..., object],
+    *args: object,
+    **kwargs: object,
+) -> Report:
+    """Capture a model on example inputs, canonicalize and recognise it, and report; nothing is lowered.
+
+    Args:
+        model: what `graphopt.capture` takes; called with `args` and `kwargs` (real, fake or meta tensors).
+
+    Raises:
+        CaptureRefused: the program is out of scope as a whole; the reason is in the error.
+    """
+    return road(model, args, kwargs, until=RECOGNISED)
+
+
+def road(
+    model: torch.nn.Module | torch.export.ExportedProgram | Callable[..., object],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    *,
+    until: str,
+    observers: Sequence[Observer] = (),
+) -> Report:
+    """Send a model down the default pipeline up to the pass named `until`, included, and report.
+
+    With `until="captured"` no pass runs; the observers see the captured graph and the report is empty.
+
+    Raises:
+        OptionError: the default pipeline has no such pass.
+        CaptureRefused: as for `explain`.
+    """
+    if until not in stages():
+        raise OptionError(f"no stage {until!r} in the default pipeline; it has {', '.join(stages())}")
+    captured = capture(model, *args, **kwargs)
+    listening = (*from_environment(), *observers)
+    if until == CAPTURED:
+        emit(listening, PassStarted(stages()[1], 0, captured.gm))
+        return Report()
+    passes = defaults.PIPELINE[: stages().index(until)]
+    context = dataclasses.replace(defaults.context(), observers=listening)
+    _, report = Pipeline(passes).run(captured, context)
+    return report
+
+
+def stages() -> tuple[str, ...]:
+    """The names of the graphs on the road: captured, and one for each pass of the default pipeline."""
+    return CAPTURED, *passes_named(defaults.PIPELINE)

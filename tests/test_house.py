@@ -1,0 +1,423 @@
+"""The house's rules, read off the source by `ast`: import arrows, tables, first lines, private torch."""
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("patterns", "kernels", "lowering")
+FOLDERS = ("graphopt", *ROOMS, "tests", "bench")
+SHIPPED = ("graphopt", *ROOMS)
+
+# A file imports from its own row or those before it. FACADES: the files of `graphopt/` that are not core.
+ORDER = ("core", "ops", "rooms", "defaults", "doors", "tools", "outside")
+FACADES = {
+    "graphopt.defaults": "defaults",
+    "graphopt": "doors",
+    "graphopt.api": "doors",
+    "graphopt.backend": "doors",
+}
+# `import graphopt` offers everything by name, the tools too; only its users import it.
+PACKAGE = "graphopt"
+
+PRIVATE_TORCH = re.compile(r"torch\.(\w+\.)*(_[a-z]\w*|fx\.experimental)\b")
+# Documented by PyTorch in spite of its underscore, or without another way to say it.
+PRIVATE_ALLOWED = re.compile(r"torch\._check\w*|torch\.ops\..*")
+PRIVATE_ALLOWED_IN = {"graphopt.graph": re.compile(r"torch\._ops\.OpOverload")}
+PRIVATE_HOME = "graphopt.torch_private"
+
+MODEL_NAMES = re.compile(
+    r"llama|qwen|gemma|gpt|bert|mistral|mixtral|bloom|falcon|phi\d|neox|(?<![a-z])t5|whisper", re.IGNORECASE
+)
+HUGGING_FACE = ("transformers", "sentence_transformers", "accelerate")
+
+Check = Callable[[ast.Module, str], list[str]]
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def sources(*folders: str) -> list[Path]:
+    """Every Python file under the folders, found through no symlink."""
+    found = [p for folder in folders for p in sorted((ROOT / folder).rglob("*.py"))]
+    return [p for p in found if not any(q.is_symlink() for q in p.parents)]
+
+
+def module_name(path: Path) -> str:
+    """The name a file is imported by: `kernels/rms_norm.py` -> `graphopt.kernels.rms_norm`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("graphopt", *parts) if parts[0] in ROOMS else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def all_modules() -> set[str]:
+    """The names of the files in the repository, and of the packages that hold them."""
+    names = {module_name(p) for p in sources(*FOLDERS)} | {f"graphopt.{room}" for room in ROOMS}
+    return names | {f"graphopt.{p.name}" for p in (ROOT / "graphopt").iterdir() if p.is_dir()}
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    """Whether a statement is `if TYPE_CHECKING:`, whose imports never run."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def running(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes below one, without what stands under `if TYPE_CHECKING:`."""
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if is_type_checking(child):
+            for other in child.orelse:  # type: ignore[attr-defined]  # an ast.If
+                yield other
+                yield from running(other)
+        else:
+            yield from running(child)
+
+
+def imports(tree: ast.Module, name: str, types: bool = False) -> Iterator[tuple[str, str]]:
+    """(local name, dotted name) of what a module imports; with `types` also what only type checkers see."""
+    for node in ast.walk(tree) if types else running(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.asname or alias.name.partition(".")[0], alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if (
+                node.level
+            ):  # the package that the dots stand for: a module's own package, or itself for an __init__
+                parts = name.split(".") if is_package(name) else name.split(".")[:-1]
+                base = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
+            for alias in node.names:
+                yield alias.asname or alias.name, f"{base}.{alias.name}"
+
+
+def is_package(name: str) -> bool:
+    """Whether a module name is a package with an `__init__.py`."""
+    return (ROOT / Path(*name.split(".")) / "__init__.py").exists()
+
+
+def chains(tree: ast.Module, name: str) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every imported name and of every whole attribute chain that starts at one."""
+    known = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for local, dotted in imports(ast.Module([node], []), name, types=True):
+                bound = (
+                    dotted if isinstance(node, ast.ImportFrom) or local != dotted.partition(".")[0] else local
+                )
+                known[local] = bound
+                yield node.lineno, dotted
+    inner = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    for node in ast.walk(tree):
+        if id(node) in inner:
+            continue
+        parts: list[str] = []
+        at: ast.AST = node
+        while isinstance(at, ast.Attribute):
+            parts, at = [at.attr, *parts], at.value
+        if parts and isinstance(at, ast.Name) and at.id in known:
+            yield node.lineno, ".".join([known[at.id], *parts])  # type: ignore[attr-defined]  # an expression
+
+
+# ------------------------------------------------------------------------------------------------- checks
+
+
+def layer(name: str) -> str:
+    """The row of ORDER in which a module of the repository stands."""
+    if name in FACADES:
+        return FACADES[name]
+    head, _, rest = name.partition(".")
+    if head != "graphopt":
+        return "outside"
+    folder = rest.partition(".")[0]
+    return {"passes": "rooms", "ops": "ops", "tools": "tools", **dict.fromkeys(ROOMS, "rooms")}.get(
+        folder, "core"
+    )
+
+
+def room(name: str) -> str | None:
+    """The room in which a module stands, if it does."""
+    folder = name.split(".")[1] if name.startswith("graphopt.") else None
+    return folder if folder in ROOMS else None
+
+
+def wrong_arrows(tree: ast.Module, name: str) -> list[str]:
+    """Imports that point up the order, or from one room into another."""
+    if name == PACKAGE:
+        return []
+    modules = all_modules()
+    wrong = []
+    for _, dotted in imports(tree, name):
+        if dotted.split(".")[0] not in ("graphopt", "tests", "bench", *ROOMS):
+            continue
+        if dotted.split(".")[0] in ROOMS:
+            wrong.append(f"{name} imports {dotted}; rooms are imported as graphopt.{dotted}")
+            continue
+        target = dotted if dotted in modules else dotted.rpartition(".")[0] or dotted
+        if ORDER.index(layer(target)) > ORDER.index(layer(name)):
+            wrong.append(f"{name} ({layer(name)}) imports {dotted} ({layer(target)})")
+        if room(name) and room(target) and room(name) != room(target):
+            wrong.append(f"{name} imports {dotted}: rooms meet at op names only")
+    return wrong
+
+
+def hugging_face_imports(tree: ast.Module, name: str) -> list[str]:
+    """Imports of Hugging Face packages outside the command-line tools."""
+    if name.startswith("graphopt.tools"):
+        return []
+    return [
+        f"{name} imports {d}" for _, d in imports(tree, name, types=True) if d.split(".")[0] in HUGGING_FACE
+    ]
+
+
+def private_torch(tree: ast.Module, name: str) -> list[str]:
+    """Uses of PyTorch's private parts; they belong into graphopt/torch_private.py."""
+    if name == PRIVATE_HOME:
+        return []
+    allowed = PRIVATE_ALLOWED_IN.get(name)
+    wrong: dict[tuple[int, str], str] = {}
+    for line, dotted in chains(tree, name):
+        found = PRIVATE_TORCH.match(dotted)
+        if not found or PRIVATE_ALLOWED.match(dotted) or (allowed and allowed.match(dotted)):
+            continue
+        wrong[line, found.group()] = (
+            f"{name}:{line} uses {dotted}; reach it through graphopt/torch_private.py"
+        )
+    return list(wrong.values())
+
+
+def prints(tree: ast.Module, name: str) -> list[str]:
+    """Calls of print outside the command-line tools."""
+    if name.startswith("graphopt.tools"):
+        return []
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    return [f"{name}:{n.lineno} prints" for n in calls if n.func.id == "print"]  # type: ignore[attr-defined]  # a Name
+
+
+def model_names(tree: ast.Module, name: str) -> list[str]:
+    """Identifiers and strings that name a model; docstrings and comments may say where a spelling is from."""
+    if name.startswith(("graphopt.tools", "graphopt.patterns")):
+        return []
+    docstrings = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+    wrong = []
+    for node in ast.walk(tree):
+        words = [
+            v
+            for v in (getattr(node, field, None) for field in ("id", "attr", "name", "arg"))
+            if isinstance(v, str)
+        ]
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            words.append(node.value)
+        wrong += [
+            f"{name}:{getattr(node, 'lineno', '?')} names {w!r}" for w in words if MODEL_NAMES.search(w)
+        ]
+    return wrong
+
+
+def abstract_values(tree: ast.Module, name: str) -> list[str]:
+    """`node.meta["val"]` or `node.meta.get("val")` outside graphopt/graph.py."""
+    if name == "graphopt.graph":
+        return []
+    wrong = []
+    for node in ast.walk(tree):
+        holder, key = None, None
+        if isinstance(node, ast.Subscript):
+            holder, key = node.value, node.slice
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+            holder, key = node.func.value, node.args[0]
+        reads_meta = isinstance(holder, ast.Attribute) and holder.attr == "meta"
+        if reads_meta and isinstance(key, ast.Constant) and key.value == "val":
+            wrong.append(f"{name}:{key.lineno} reads meta['val']; use graphopt.graph.val or .set_val")
+    return wrong
+
+
+def first_line(tree: ast.Module, name: str) -> list[str]:
+    """A file whose first line is not the start of a docstring sentence that says what it is."""
+    text = ast.get_docstring(tree)
+    if not text or tree.body[0].lineno != 1:
+        return [f"{name} does not begin with a docstring; say in one sentence what the file is"]
+    sentence = text.split("\n\n")[0].rstrip()
+    return [] if sentence.endswith((".", ":", "?")) else [f"{name}: {sentence!r} is not a sentence"]
+
+
+CHECKS: dict[Check, tuple[str, ...]] = {
+    wrong_arrows: SHIPPED,
+    hugging_face_imports: SHIPPED,
+    private_torch: SHIPPED,
+    prints: (*SHIPPED, "tests"),
+    model_names: SHIPPED,
+    abstract_values: SHIPPED,
+    first_line: FOLDERS,
+}
+
+# Each check, a file that it must reject and one that it must let pass.
+SNIPPETS = {
+    wrong_arrows: (
+        ("graphopt.ops.norm", "from graphopt.passes import canonicalize"),
+        ("graphopt.match", "import graphopt.api"),
+        ("graphopt.match", "from graphopt import optimize"),
+        ("graphopt.rule", "def f():\n    from graphopt.passes.merge import Merge"),
+        ("graphopt.patterns.norm", "from graphopt.kernels import rms_norm"),
+        ("graphopt.lowering.select", "from graphopt import kernels"),
+        ("graphopt.lowering.select", "import kernels.rms_norm"),
+        ("graphopt.api", "from graphopt.tools.diff import diff"),
+        ("graphopt.tools.diff", "from tests.helpers import f"),
+        ("graphopt.ops.norm", "from ..passes import canonicalize"),
+        (
+            "graphopt.ops.norm",
+            "import typing\nif typing:\n    pass\nelse:\n    from graphopt import defaults",
+        ),
+    ),
+    hugging_face_imports: (
+        ("graphopt.api", "import transformers"),
+        ("graphopt.api", "def f():\n    from transformers.models.llama import x"),
+    ),
+    private_torch: (
+        ("graphopt.capture", "import torch\ntorch._dynamo.reset()"),
+        ("graphopt.capture", "from torch import _guards"),
+        ("graphopt.capture", "from torch._subclasses import FakeTensorMode"),
+        ("graphopt.capture", "import torch.fx.experimental.proxy_tensor as p"),
+        ("graphopt.capture", "from torch import fx\nfx.experimental.proxy_tensor.make_fx"),
+        ("graphopt.capture", "from torch.utils import _pytree"),
+        ("graphopt.rule", "import torch\nisinstance(1, torch._ops.OpOverload)"),
+        ("graphopt.graph", "import torch\nisinstance(1, torch._ops.HigherOrderOperator)"),
+    ),
+    prints: (("graphopt.api", "def f():\n    print(1)"),),
+    model_names: (
+        ("graphopt.passes.merge", "if name == 'LlamaAttention':\n    pass"),
+        ("graphopt.passes.merge", "def bert_qkv(): ..."),
+        ("graphopt.match", "x = node.gpt2"),
+    ),
+    abstract_values: (
+        ("graphopt.match", "node.meta['val']"),
+        ("graphopt.match", "node.meta.get('val')"),
+    ),
+    first_line: (
+        ("graphopt.match", "import os"),
+        ("graphopt.match", "# a comment\n'''A sentence.'''"),
+        ("graphopt.match", "'''no full stop'''"),
+    ),
+}
+INNOCENT = {
+    wrong_arrows: (
+        ("graphopt.ops.norm", "from graphopt.graph import val\nimport torch"),
+        (
+            "graphopt.match",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from graphopt.api import x",
+        ),
+        ("graphopt.patterns.norm", "from graphopt import ops\nimport graphopt.ops as o"),
+        ("graphopt.defaults", "from graphopt.kernels import rms_norm\nfrom graphopt.patterns import norm"),
+        ("graphopt.tools.diff", "from graphopt import api"),
+    ),
+    hugging_face_imports: (("graphopt.tools.demo", "import transformers"),),
+    private_torch: (
+        ("graphopt.torch_private", "import torch._guards"),
+        ("graphopt.graph", "import torch\nisinstance(1, torch._ops.OpOverload)"),
+        (
+            "graphopt.rule",
+            "import torch\ntorch._check(x)\ntorch.ops._c10d_functional.wait_tensor\ntorch.__version__",
+        ),
+        ("graphopt.rule", "from torch import fx\nfx.Node.args\nx = y._private"),
+    ),
+    prints: (("graphopt.tools.cli", "print(1)"), ("graphopt.api", "console.print(1)")),
+    model_names: (
+        ("graphopt.ops.norm", "'''As Llama writes it.'''"),
+        ("graphopt.patterns.norm", "def llama_rms_norm(): ..."),
+        ("graphopt.match", "optimize = at5 = 'option'"),
+    ),
+    abstract_values: (
+        ("graphopt.graph", "node.meta['val']"),
+        ("graphopt.match", "node.meta['origin']; d['val']"),
+    ),
+    first_line: (("graphopt.match", "'''Say what it is: clearly,\non two lines at most.\n\nMore\n'''"),),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_source(check: Check) -> None:
+    found = [
+        w for p in sources(*CHECKS[check]) for w in check(ast.parse(p.read_text(), p.name), module_name(p))
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_each_check_can_fail(check: Check) -> None:
+    for name, text in SNIPPETS[check]:
+        assert check(ast.parse(text), name), f"{check.__name__} let pass, as {name}:\n{text}"
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_each_check_lets_good_code_pass(check: Check) -> None:
+    for name, text in INNOCENT[check]:
+        assert not check(ast.parse(text), name), text
+
+
+def test_sources_are_found_once_each() -> None:
+    files = sources(*FOLDERS)
+    assert len({p.resolve() for p in files}) == len(files)
+    assert ROOT / "graphopt" / "graph.py" in files and Path(__file__).resolve() in files
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+def has_table(tree: ast.Module, table: str) -> bool:
+    """Whether a file assigns its table (`RULES`, `KERNELS`) at top level."""
+    targets = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
+    targets += [n.target for n in tree.body if isinstance(n, ast.AnnAssign)]
+    return any(isinstance(t, ast.Name) and t.id == table for t in targets)
+
+
+def forgotten(defaults: ast.Module, folder: str, table: str, files: dict[str, ast.Module]) -> set[str]:
+    """The files of a room with a table that `defaults.py` never reads."""
+    read = {dotted for _, dotted in chains(defaults, "graphopt.defaults")}
+    offered = {stem for stem, tree in files.items() if has_table(tree, table)}
+    return {stem for stem in offered if f"graphopt.{folder}.{stem}.{table}" not in read}
+
+
+@pytest.mark.parametrize(("folder", "table"), [("patterns", "RULES"), ("kernels", "KERNELS")])
+def test_no_file_is_forgotten_in_defaults(folder: str, table: str) -> None:
+    files = {p.stem: ast.parse(p.read_text()) for p in sources(folder)}
+    defaults = ROOT / "graphopt" / "defaults.py"
+    tree = ast.parse(defaults.read_text() if defaults.exists() else "")
+    missing = forgotten(tree, folder, table, files)
+    assert not missing, f"graphopt/defaults.py does not read {table} of {sorted(missing)} in {folder}/"
+
+
+def test_a_forgotten_file_is_seen() -> None:
+    files = {
+        "norm": ast.parse("RULES = ()"),
+        "rope": ast.parse("RULES: tuple = ()"),
+        "masks": ast.parse("x = 1"),
+    }
+    by_module = "from graphopt.patterns import norm, rope\nRULES = (*norm.RULES,)"
+    by_name = (
+        "from graphopt.patterns.norm import RULES as NORM\nfrom graphopt.patterns.rope import RULES as ROPE"
+    )
+    assert forgotten(ast.parse(by_module), "patterns", "RULES", files) == {"rope"}
+    assert forgotten(ast.parse(by_name), "patterns", "RULES", files) == set()
+
+
+# -------------------------------------------------------------------------------------------------- files
+
+
+def test_five_folders_are_namespaces() -> None:
+    found = [str(p) for folder in (*ROOMS, "tests", "bench") for p in (ROOT / folder).rglob("__init__.py")]
+    assert not found, f"{found}: with an __init__.py the folder shadows a real package of its name"
+
+
+def test_rooms_are_reached_by_relative_links() -> None:
+    for name in ROOMS:
+        link = ROOT / "graphopt" / name
+        assert link.is_symlink() and link.readlink() == Path("..") / name
+
+
+def test_names_of_files() -> None:
+    files = sources(*FOLDERS)
+    assert not [p for p in files if p.name == "utils.py"], "name a file by what is in it"
+    assert not [
+        p for p in files if p.name == "kernels.py" and p.relative_to(ROOT).parts[0] in ("tests", "bench")
+    ]

@@ -1,0 +1,142 @@
+"""Each guard of each op, tripped: on real tensors and already on fake ones."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from graphopt import ops
+
+E = torch.empty
+INT = torch.int64
+
+
+def attends(**options: object) -> Callable[[], object]:
+    """A call of attention at B=2, H=4, Hk=2, Q=3, K=5, D=8, with other arguments put in."""
+    sizes = {"q": E(2, 4, 3, 8), "k": E(2, 2, 5, 8), "v": E(2, 2, 5, 6), "scale": 1.0}
+    return lambda: ops.attention(**{**sizes, **options})
+
+
+def rotates(**options: object) -> Callable[[], object]:
+    """A call of rope at B=2, H=4, Hk=2, S=3, D=8, rotary_dim=4, with other arguments put in."""
+    sizes = {"q": E(2, 4, 3, 8), "k": E(2, 2, 3, 8), "cos": E(1, 3, 4), "sin": E(1, 3, 4), "rotary_dim": 4}
+    return lambda: ops.rope(**{**sizes, **options})
+
+
+def updates(new: Tensor, position: Tensor | None = None) -> Callable[[], object]:
+    """A call of cache_update at B=2, H=4, L=5, D=8."""
+    return lambda: ops.cache_update(E(2, 4, 5, 8), new, position)
+
+
+x, w = E(3, 5), E(5)
+ERRORS: dict[str, Callable[[], object]] = {
+    "rms_norm: x is torch.int64; it must be floating": lambda: ops.rms_norm(E(3, 5, dtype=INT), w, 1e-6),
+    "rms_norm: x has 0 dimensions; it must have at least 1": lambda: ops.rms_norm(E(()), None, 1e-6),
+    "rms_norm: weight has 2 dimensions; it must have 1": lambda: ops.rms_norm(x, E(1, 5), 1e-6),
+    "rms_norm: size of weight is 4; it must be 5": lambda: ops.rms_norm(x, E(4), 1e-6),
+    "add_rms_norm: x is torch.bool; it must be floating": lambda: ops.add_rms_norm(x > 0, x, w, 1e-6),
+    "rms_norm: size of weight is 3; it must be 5": lambda: ops.add_rms_norm(x, x, E(3), 1e-6),
+    "layer_norm: size of bias is 4; it must be 5": lambda: ops.layer_norm(x, w, E(4), 1e-5),
+    "layer_norm: bias has 0 dimensions; it must have 1": lambda: ops.layer_norm(x, w, E(()), 1e-5),
+    "layer_norm: size of weight is 4; it must be 5": lambda: ops.add_layer_norm(x, x, E(4), None, 1e-5),
+    "add_layer_norm: x has 0 dimensions; it must have at least 1": lambda: ops.add_layer_norm(
+        E(()), x, w, w, 1e-5
+    ),
+    "kind 'swish' is not one of silu, gelu, gelu_tanh": lambda: ops.activation(x, "swish"),
+    "kind 'swiglu' is not one of silu": lambda: ops.gated_activation(x, x, "swiglu"),
+    "activation: x is torch.int64; it must be floating": lambda: ops.activation(E(3, dtype=INT), "relu"),
+    "gated_activation: up is torch.int64; it must be floating": lambda: ops.gated_activation(
+        x, E(3, 5, dtype=INT), "silu"
+    ),
+    "linear: x is torch.int64; it must be floating": lambda: ops.linear(E(3, 5, dtype=INT), E(4, 5), None),
+    "linear: weight has 1 dimensions; it must have 2": lambda: ops.linear(x, w, None),
+    "linear: x has 0 dimensions; it must have at least 1": lambda: ops.linear(E(()), E(4, 5), None),
+    "linear: last size of x is 5; it must be 6": lambda: ops.linear(x, E(4, 6), None),
+    "linear: bias has 2 dimensions; it must have 1": lambda: ops.linear(x, E(4, 5), E(1, 4)),
+    "linear: size of bias is 5; it must be 4": lambda: ops.linear(x, E(4, 5), w),
+    "kind 'elu' is not one of silu": lambda: ops.linear_epilogue(x, E(4, 5), None, "elu", None, None),
+    "linear_epilogue: last size of x is 5; it must be 7": lambda: ops.linear_epilogue(
+        x, E(4, 7), None, None, None, None
+    ),
+    "rope: k is torch.int64; it must be floating": rotates(k=E(2, 2, 3, 8, dtype=INT)),
+    "rope: q has 3 dimensions; it must have 4": rotates(q=E(2, 3, 8)),
+    "rope: sin has 2 dimensions; it must have 3": rotates(sin=E(3, 4)),
+    "rope: rotary_dim is 3; it must be even and not negative": rotates(rotary_dim=3),
+    "rope: rotary_dim is -2; it must be even and not negative": rotates(rotary_dim=-2),
+    "rope: rotary_dim 4 > 2, the head_dim of k": rotates(k=E(2, 2, 3, 2)),
+    "rope: batch of cos is 3; it must be 2": rotates(cos=E(3, 3, 4)),
+    "rope: length of sin is 1; it must be 3": rotates(sin=E(1, 1, 4)),
+    "rope: last size of cos is 8; it must be 4": rotates(cos=E(1, 3, 8)),
+    "cache_update: new has 3 dimensions; it must have 4": updates(E(4, 1, 8)),
+    "cache_update: batch of new is 1; it must be 2": updates(E(1, 4, 1, 8)),
+    "cache_update: number of heads of new is 2; it must be 4": updates(E(2, 2, 1, 8)),
+    "cache_update: head_dim of new is 6; it must be 8": updates(E(2, 4, 1, 6)),
+    "cache_update: new is torch.float64; it must be torch.float32, as the cache": updates(
+        E(2, 4, 1, 8, dtype=torch.float64)
+    ),
+    "cache_update: position has 0 dimensions; it must have 1": updates(E(2, 4, 1, 8), E((), dtype=INT)),
+    "cache_update: size of position is 2; it must be 1": updates(E(2, 4, 1, 8), E(2, dtype=INT)),
+    "cache_update: position is torch.float32; it must be int64 or int32": updates(E(2, 4, 1, 8), E(1)),
+    "attention: v is torch.int64; it must be floating": attends(v=E(2, 2, 5, 6, dtype=INT)),
+    "attention: k has 3 dimensions; it must have 4": attends(k=E(2, 5, 8)),
+    "attention: batch of k is 3; it must be 2": attends(k=E(3, 2, 5, 8)),
+    "attention: number of heads of v is 1; it must be 2": attends(v=E(2, 1, 5, 6)),
+    "attention: length of v is 4; it must be 5": attends(v=E(2, 2, 4, 6)),
+    "attention: head_dim of k is 7; it must be 8": attends(k=E(2, 2, 5, 7)),
+    "attention: 3 query heads are no multiple of 2 kv heads": attends(q=E(2, 3, 3, 8)),
+    "attention: 4 query heads are no multiple of 0 kv heads": attends(k=E(2, 0, 5, 8), v=E(2, 0, 5, 6)),
+    "attention: window 0 < 1": attends(window=0),
+    "attention: softcap 0.0 is not positive": attends(softcap=0.0),
+    "attention: offset_tensor is torch.float32; it must be an integer": attends(offset_tensor=E(())),
+    "attention: offset_tensor is torch.bool; it must be an integer": attends(
+        offset_tensor=E((), dtype=torch.bool)
+    ),
+    "attention: number of elements of offset_tensor is 2; it must be 1": attends(
+        offset_tensor=E(2, dtype=INT)
+    ),
+    "attention: sinks has 2 dimensions; it must have 1": attends(sinks=E(1, 4)),
+    "attention: size of sinks is 2; it must be 4": attends(sinks=E(2)),
+    "attention: key_padding has 4 dimensions; it must have 2": attends(key_padding=E(2, 1, 1, 5) > 0),
+    "attention: key_padding is torch.float32; pass an additive mask as bias": attends(key_padding=E(2, 5)),
+    "attention: batch of key_padding is 1; it must be 2": attends(key_padding=E(1, 5) > 0),
+    "attention: length of key_padding is 3; it must be 5": attends(key_padding=E(2, 3) > 0),
+    "attention: bias is torch.int64; it must be bool or floating": attends(bias=E(3, 5, dtype=INT)),
+    "attention: bias has 5 dimensions; it must have at most 4": attends(bias=E(1, 1, 1, 3, 5)),
+    "attention: size of bias in dimension -2 is 4; it must be 3": attends(bias=E(4, 5)),
+    "attention: size of bias in dimension -3 is 2; it must be 4": attends(bias=E(2, 3, 5) > 0),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_guard_says_what_is_wrong(message: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        ERRORS[message]()
+    assert str(raised.value).startswith(message)
+
+
+def test_guards_speak_before_anything_runs() -> None:
+    """The fakes check what the references check, so that a wrong graph fails where it is made."""
+    cos, k = E(1, 3, 6, device="meta"), E(2, 2, 3, 8, device="meta")
+    with pytest.raises(ValueError, match="rope: last size of cos is 6; it must be 4"):
+        ops.rope(k, k, cos, cos, 4)
+    with pytest.raises(ValueError, match="attention: window -1 < 1"):
+        ops.attention(k, k, k, 1.0, window=-1)
+    with pytest.raises(ValueError, match="attention: window -1 < 1"):
+        ops.attention_lse(k, k, k, 1.0, window=-1)
+    with pytest.raises(ValueError, match="cache_update: head_dim of new is 9; it must be 8"):
+        ops.cache_update(k, E(2, 2, 3, 9, device="meta"), None)
+    with pytest.raises(ValueError, match="kind 'x' is not one of"):
+        ops.linear_epilogue(k, E(4, 8, device="meta"), None, "x", None, None)
+    with pytest.raises(ValueError, match="rms_norm: size of weight is 2; it must be 8"):
+        ops.rms_norm(k, E(2, device="meta"), 1e-6)
+
+
+def test_position_outside_of_the_cache_is_an_index_error() -> None:
+    with pytest.raises(IndexError):
+        ops.cache_update(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 1, 2), torch.tensor([3]))
+
+
+def test_linear_of_two_dtypes_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="dtype"):
+        ops.linear(E(3, 5), E(4, 5, dtype=torch.float64), None)
