@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from types import TracebackType
 from typing import TypeVar
 
@@ -16,37 +15,46 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 
 class Enabled(contextlib.AbstractContextManager["Enabled"]):
-    """What `enable` returns: leaving it as a context manager is `disable`."""
+    """What `enable` returns: leaving it as a context manager takes that `enable` back, and those after it."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._stance = torch.compiler.set_stance("default", force_backend=backend.Forced(options))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        disable()
+        while self in _enabled:
+            disable()
+
+    def _take_back(self) -> None:
+        self._stance.__exit__(None, None, None)  # restores what was forced before
+
+    def __repr__(self) -> str:
+        return f"Enabled({self.options})"
 
 
-_stances: list[Callable[[], None]] = []
+_enabled: list[Enabled] = []  # innermost last; process-wide, as torch's own stance is
 
 
 def enable(**options: object) -> Enabled:
     """Send every `torch.compile` in this process to graphopt: the library's own, HF `generate`, `generate_batch`.
 
-    `with graphopt.enable(merge=False): ...` limits it to a block; enabling twice nests.
+    `with graphopt.enable(merge=False): ...` limits it to a block; enabling twice nests. Other threads included.
+    These options replace the ones of a `torch.compile(..., options=...)` call, which torch does not forward.
 
     Raises:
         OptionError: an unknown option or value; nothing is changed then.
     """
-    Options.parse(options)
-    backend._setting.append(dict(options))
-    stance = torch.compiler.set_stance("default", force_backend="graphopt")
-    _stances.append(lambda: stance.__exit__(None, None, None))
-    return Enabled()
+    enabled = Enabled(Options.parse(options))
+    _enabled.append(enabled)
+    return enabled
 
 
 def disable() -> None:
     """Take the innermost `enable` back; does nothing if there is none."""
-    if _stances:
-        _stances.pop()()
-        backend._setting.pop()
+    if _enabled:
+        _enabled.pop()._take_back()
 
 
 def optimize(model: M, **options: object) -> M:

@@ -6,15 +6,18 @@ import logging
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
+from graphopt import graph as g
 from graphopt import torch_private
-from graphopt.capture import from_dynamo
+from graphopt.capture import Captured, from_dynamo
 from graphopt.defaults import context, pipeline
-from graphopt.errors import CaptureRefused, OptionError, StrictError
+from graphopt.errors import CaptureRefused, GraphoptError, OptionError, StrictError
 from graphopt.journal import from_environment
+from graphopt.observe import Observer, Warned, emit
 from graphopt.options import Options
 from graphopt.report import Report
 from graphopt.weights import WeightStore
@@ -26,7 +29,6 @@ log = logging.getLogger(__name__)
 STORE = WeightStore()
 
 _reports: deque[Report] = deque(maxlen=512)
-_setting: list[Mapping[str, object]] = []  # the options of `enable`, innermost last: torch forwards none
 
 
 def graphopt(
@@ -50,18 +52,25 @@ def graphopt(
     """
     if kwargs:
         raise OptionError(f"graphopt takes no argument {next(iter(kwargs))!r}; pass options={{...}}")
-    given = options if options is not None else (_setting[-1] if _setting else {})
-    chosen = Options.parse(given)
-    report, run = _compile(gm, example_inputs, chosen)
-    _reports.append(report)
-    if run is not None:
-        return run
-    if chosen.strict:
-        raise StrictError(report.fallback)
-    warnings.warn(f"graphopt runs the original program: {report.fallback}", stacklevel=2)
-    if _setting and options is None:  # a library asked for its own backend, and expects to be compiled
-        return torch_private.inductor(gm, example_inputs)
-    return gm.forward
+    return _build(gm, example_inputs, Options.parse(options), fall_back=lambda gm, _: gm.forward)
+
+
+@dataclass(frozen=True)
+class Forced:
+    """The backend that `enable` puts in the place of every other; what it cannot do goes to Inductor.
+
+    A library that compiles by itself expects to be compiled. Torch forwards none of that call's own options.
+    Torch keeps compiled code by the equality of backends: enabled again with equal options, nothing recompiles;
+    with others, nothing old is used.
+    """
+
+    options: Options
+
+    def __call__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[object], **kwargs: object
+    ) -> Callable[..., object]:
+        """As `graphopt`."""
+        return _build(gm, example_inputs, self.options, fall_back=torch_private.inductor)
 
 
 def reports() -> tuple[Report, ...]:
@@ -74,38 +83,132 @@ def clear_reports() -> None:
     _reports.clear()
 
 
-def _compile(
-    gm: fx.GraphModule, examples: Sequence[object], options: Options
-) -> tuple[Report, Callable[..., object] | None]:
-    """The report, and the callable; None where the original has to run, with the reason in `report.fallback`."""
-    reason = _out_of_scope(gm, examples)
-    if reason:
-        return Report(fallback=reason), None
-    ctx = context(options, store=STORE, observers=from_environment())
-    try:
-        captured = from_dynamo(gm, examples)
-        program, report = pipeline(options).run(captured, ctx)
-    except CaptureRefused as refused:
-        return Report(fallback=refused.reason), None
-    except Exception as error:
-        if options.strict:
-            raise StrictError(f"internal failure: {type(error).__name__}: {error}") from error
-        log.debug("internal failure", exc_info=True)
-        return Report(fallback=f"internal failure: {type(error).__name__}: {error}"), None
-    limit = torch_private.recompile_limit_reached()
-    if limit:
-        report.warnings = (*report.warnings, limit)
-        warnings.warn(limit, stacklevel=4)
-    return report, program.run or program.gm.forward
+@dataclass
+class Guarded:
+    """What a compiled graph runs as: our program and, where that fails though the original does not, the original.
+
+    Attributes:
+        run: our program, until it has failed.
+        original: the program that Dynamo recorded.
+        writes: whether a run may change its inputs. After half a run, the original would then start from another
+            state: the failure is raised instead.
+        strict: raise instead of falling back.
+        report: told about a fall-back.
+    """
+
+    run: Callable[..., object]
+    original: Callable[..., object]
+    writes: bool
+    strict: bool
+    report: Report = field(repr=False)
+
+    def __call__(self, *args: object) -> object:
+        """Run on the graph's inputs and weights, in placeholder order."""
+        try:
+            return self.run(*args)
+        except Exception as error:
+            return self._recover(args, error)
+
+    def _recover(self, args: tuple[object, ...], error: Exception) -> object:
+        if self.run is self.original or self.writes:
+            raise error
+        try:
+            result = self.original(*args)
+        except Exception as own:  # an index out of range, say: the program's error, as in eager
+            raise own from None
+        reason = _described(error)
+        self.report.fallback = reason
+        if self.strict:
+            raise StrictError(reason) from error
+        log.debug("failed at run time", exc_info=error)
+        self.run = self.original
+        warnings.warn(_says(reason), stacklevel=3)
+        return result
 
 
-def _out_of_scope(gm: fx.GraphModule, examples: Sequence[object]) -> str:
-    """Why this call has to run the original before anything is traced; empty if it need not."""
-    if torch.is_grad_enabled() and torch_private.outputs_need_gradients(gm):
+# ------------------------------------------------------------------------------------------------ compiling
+
+
+def _build(
+    gm: fx.GraphModule,
+    examples: Sequence[object],
+    options: Options,
+    fall_back: Callable[[fx.GraphModule, Sequence[object]], Callable[..., object]],
+) -> Callable[..., object]:
+    """Compile, keep the report, warn; or what falls back gives."""
+    observers = from_environment()
+    report = Report()
+    program, failure = None, None
+    report.fallback = _out_of_scope(gm, examples)
+    if report.fallback is None:
+        try:
+            captured = from_dynamo(gm, examples)
+            ctx = context(options, store=STORE, observers=observers)
+            program, report = pipeline(options).run(captured, ctx)
+        except Exception as error:
+            failure, report.fallback = error, _described(error)
+            log.debug("compilation failed", exc_info=True)
+    _reports.append(report)
+    if program is None:
+        return _without_us(gm, examples, options, report, failure, observers, fall_back)
+    _note_recompile_limit(report, observers)
+    for message in report.warnings:
+        warnings.warn(message, stacklevel=3)
+    return Guarded(program.run or program.gm.forward, gm.forward, _writes(captured), options.strict, report)
+
+
+def _without_us(
+    gm: fx.GraphModule,
+    examples: Sequence[object],
+    options: Options,
+    report: Report,
+    failure: Exception | None,
+    observers: Sequence[Observer],
+    fall_back: Callable[[fx.GraphModule, Sequence[object]], Callable[..., object]],
+) -> Callable[..., object]:
+    """The fall-back, with one warning; under `strict`, an error."""
+    assert report.fallback is not None
+    if options.strict:
+        raise StrictError(report.fallback) from failure
+    emit(observers, Warned(_says(report.fallback)))
+    warnings.warn(_says(report.fallback), stacklevel=4)
+    return fall_back(gm, examples)
+
+
+def _described(error: Exception) -> str:
+    """Why the original runs, for the report: a refusal's reason, or that something of ours broke."""
+    if isinstance(error, CaptureRefused):
+        return error.reason
+    if isinstance(error, StrictError):
+        return str(error)
+    kind = "" if isinstance(error, GraphoptError) else f"{type(error).__name__}: "
+    return f"internal failure: {kind}{error}"
+
+
+def _says(reason: str) -> str:
+    return f"graphopt runs the original program: {reason}"
+
+
+def _note_recompile_limit(report: Report, observers: Sequence[Observer]) -> None:
+    """After the last compilation that torch allows, the next new shape would silently be eager."""
+    message = torch_private.recompile_limit_reached()
+    if message:
+        report.warnings = (*report.warnings, message)
+        emit(observers, Warned(message))
+
+
+def _writes(captured: Captured) -> bool:
+    """Whether a program may change its inputs: conservatively, whether it has an operator in place."""
+    return any(g.is_mutable(node.target) for node in captured.gm.graph.nodes)
+
+
+def _out_of_scope(gm: fx.GraphModule, examples: Sequence[object]) -> str | None:
+    """Why this call has to run the original before anything is traced."""
+    if torch_private.outputs_need_gradients(gm):
         return "gradients are enabled and needed; call the model under torch.no_grad()"
     for example in examples:
         if isinstance(example, torch.Tensor) and example.device.type == "meta":
             return "an input is on the meta device: nothing to run"
         if isinstance(example, torch.Tensor) and example.device.type not in ("cpu",):
             return f"an input is on {example.device}; this version lowers for the CPU only"
-    return ""
+    return None

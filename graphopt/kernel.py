@@ -20,9 +20,11 @@ class Tensor:
 
     Attributes:
         shape: its sizes.
-        dtype: None for the dtype the case is run in; integer tensors hold 0 .. `below` - 1, each once while they last.
-        layout: `transposed` swaps dimensions 1 and 2 in memory (heads after a view), `sliced` is a part of a wider
-            last dimension (one of Q, K, V in their merged linear), `expanded` has stride 0 in the first dimension.
+        dtype: None for the dtype the case is run in; integer tensors hold 0 .. `below` - 1, each once
+            while they last.
+        layout: `transposed` swaps dimensions 1 and 2 in memory (heads after a view), `sliced` is a part of a
+            wider last dimension (one of Q, K, V in their merged linear), `expanded` has stride 0 in the
+            first dimension.
         scale: standard deviation of the random values.
         below: exclusive upper bound of integer values.
     """
@@ -34,7 +36,7 @@ class Tensor:
     below: int = 2
 
     def make(self, dtype: torch.dtype, device: str, generator: torch.Generator) -> torch.Tensor:
-        """The tensor: normally distributed, reproducible from the generator (a CPU one, so that devices agree)."""
+        """The tensor: normally distributed, reproducible from the generator (a CPU one: devices agree)."""
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout {self.layout!r} is none of {LAYOUTS}")
         size = list(self.shape)
@@ -74,6 +76,12 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         return tuple(a.make(dtype, device, generator) if isinstance(a, Tensor) else a for a in self.arguments)
 
+    def with_residual(self) -> Case:
+        """The same call of the op's `add_` form: after the first tensor one more of its shape."""
+        x, *rest = self.arguments
+        assert isinstance(x, Tensor)
+        return Case(self.name, (x, Tensor(x.shape), *rest))
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -82,7 +90,8 @@ class Kernel:
     Attributes:
         op: the op's name in the vocabulary, as `rms_norm`.
         name: the kernel's own name, as the report shows it.
-        launch: a module-level function with the op's signature (generated code calls it by its qualified name).
+        launch: a module-level function with the op's signature (generated code calls it by its qualified
+            name).
         refuses: why it cannot run a node, naming the value and the limit; None where it can.
         target: `cpu`, `cuda:90`, ...
         cases: what the correctness test and the benchmark run.

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from graphopt import graph as g
+from graphopt import torch_private
 from graphopt.rule import Carried, Parameter, Part, Symbolic, Variant
 
 aten = torch.ops.aten
@@ -48,6 +49,7 @@ class Binding:
     names: dict[str, object] = field(default_factory=dict)  # dimension -> size; Float, Int, Text -> literal or node
     carried: dict[str, object] = field(default_factory=dict)
     lead: tuple[object, ...] | None = None  # what `...` stands for
+    assumed: list[tuple[torch.SymFloat, float]] = field(default_factory=list)  # graph values taken for literals
 
     def __getitem__(self, name: str) -> object:
         """A parameter's node or literal, or a dimension's size."""
@@ -277,6 +279,12 @@ class _Attempt:
         if isinstance(want, Parameter):
             return self.unify_name(want.name, have)
         if isinstance(have, fx.Node):
+            value = g.val(have)
+            if isinstance(want, float) and isinstance(value, torch.SymFloat) and torch_private.hint(value) == want:
+                # dynamic=True makes graph values even of constants such as math.pi; applying the match guards on it
+                self.binding.assumed.append((value, want))
+                self.trail.append(self.binding.assumed.pop)  # type: ignore[arg-type]  # what pop returns is not used
+                return True
             have = g.number(have)
         if type(want) is not type(have) and not (isinstance(want, float) and isinstance(have, int)):
             if not (isinstance(want, int) and isinstance(have, float)) or isinstance(want, bool):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from graphopt.errors import OptionError
-
-TARGETS = ("cpu",)
 
 
 @dataclass(frozen=True)
@@ -33,21 +30,28 @@ class Options:
         Raises:
             OptionError: an unknown name or value, with the nearest right one.
         """
-        given = given or {}
-        fields = {f.name: f for f in dataclasses.fields(Options)}
+        given = {} if given is None else given
+        if not isinstance(given, Mapping):
+            raise OptionError(f"options is {given!r}; it takes a dict, as {{'strict': True}}")
         for name, value in given.items():
-            if name not in fields:
-                raise OptionError(f"graphopt has no option {name!r}; {_nearest(str(name), tuple(fields))}")
-            wanted = type(fields[name].default)
-            if not isinstance(value, wanted):
-                raise OptionError(f"option {name!r} is {value!r}; it takes a {wanted.__name__}, as {fields[name].default!r}")
-        options = Options(**given)  # type: ignore[arg-type]  # checked above
-        if options.target not in TARGETS:
-            raise OptionError(f"option 'target' is {options.target!r}; {_nearest(options.target, TARGETS)}")
-        return options
+            if name not in VALUES:
+                raise OptionError(f"graphopt has no option {name!r}; {_nearest(str(name), tuple(VALUES))}")
+            known = VALUES[name]
+            if not any(type(value) is type(k) and value == k for k in known):  # 1 is not True
+                raise OptionError(f"option {name!r} is {value!r}; {_nearest(str(value), known)}")
+        return Options(**given)  # type: ignore[arg-type]  # checked above
 
 
-def _nearest(word: str, known: tuple[str, ...]) -> str:
+# What each option takes, the default first.
+VALUES: Mapping[str, tuple[object, ...]] = {
+    "strict": (False, True),
+    "merge": (True, False),
+    "target": ("cpu",),
+}
+
+
+def _nearest(word: str, known: Sequence[object]) -> str:
     """`did you mean 'strict'?`, or all that there is."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(map(repr, known))}"
+    by_text = {str(k).lower(): k for k in known}
+    close = difflib.get_close_matches(word.lower(), by_text, n=1)
+    return f"did you mean {by_text[close[0]]!r}?" if close else f"known are {', '.join(map(repr, known))}"

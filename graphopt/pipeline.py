@@ -10,17 +10,20 @@ from typing import ClassVar, Protocol
 
 from torch import fx
 
+from graphopt import flops
 from graphopt import graph as g
 from graphopt.capture import Captured
-from graphopt.errors import PipelineError
+from graphopt.errors import GraphoptError, PipelineError, StrictError
 from graphopt.kernel import Kernel
-from graphopt.observe import Observer, PassEnded, PassStarted, emit
+from graphopt.observe import Event, Matched, Observer, PassEnded, PassStarted, Warned, emit
 from graphopt.report import Report, ReportObserver
 from graphopt.rule import Rule
 from graphopt.translate import Translation
 from graphopt.weights import WeightStore
 
 EXACTNESS = ("bitwise", "reordered", "lossy")
+EXPECTS_MATCHES = "recognised"  # a pass that provides it is there to find something
+MISSED = 0.5  # of the FLOPs: above it, a recognition without a single match has failed
 
 
 @dataclass
@@ -104,41 +107,87 @@ class Pipeline:
     def run(self, captured: Captured, ctx: Context | None = None) -> tuple[Captured, Report]:
         """Run all passes on a copy of the captured graph.
 
+        Where more than half of the graph's FLOPs are matrix products, convolutions or attention in ATen's words
+        and the recognising pass matched nothing at all, the report has a warning.
+
         Returns:
             the program with the new graph (called like the captured one), and the report.
 
         Raises:
-            PipelineError: a pass broke the graph (named, with what fx found).
+            PipelineError: a pass failed or broke the graph (named, with what was found).
+            StrictError: under `ctx.strict`, instead of that warning.
         """
         if ctx is None:
             from graphopt.defaults import context
 
             ctx = context()
-        report = ReportObserver()
-        observers = (*ctx.observers, report)
+        listener, tally = ReportObserver(), _Tally()
         inner = copy.copy(ctx)
-        inner.observers = observers
+        inner.observers = (*ctx.observers, listener, tally)
         gm = fx.GraphModule(captured.gm, g.copy_graph(captured.gm.graph))
         gm.meta.update(captured.gm.meta)
         before = g.fingerprint(gm.graph)
         for index, step in enumerate(self.passes):
-            emit(observers, PassStarted(step.name, index, gm))
+            tally.matched = 0
+            emit(inner.observers, PassStarted(step.name, index, gm))
             start = time.perf_counter()
-            step.run(gm, inner)
+            _run(step, gm, inner)
             seconds = time.perf_counter() - start
-            _check(gm, step)
+            _check(gm, captured.gm, step)
             after = g.fingerprint(gm.graph)
-            emit(observers, PassEnded(step.name, index, gm, after != before, seconds))
+            emit(inner.observers, PassEnded(step.name, index, gm, after != before, seconds))
             before = after
-        return captured.replace(gm, inner.run), report.report  # type: ignore[arg-type]  # run is callable or None
+            if EXPECTS_MATCHES in step.provides and not tally.matched:
+                _missed(gm, step, inner)
+        return captured.replace(gm, inner.run), listener.report  # type: ignore[arg-type]  # run is callable or None
 
 
-def _check(gm: fx.GraphModule, step: Pass) -> None:
-    """Fail at the first wrong graph."""
+@dataclass
+class _Tally:
+    """Counts the matches of one pass."""
+
+    matched: int = 0
+
+    def on_event(self, event: Event) -> None:
+        self.matched += isinstance(event, Matched)
+
+
+def _run(step: Pass, gm: fx.GraphModule, ctx: Context) -> None:
+    """Run one pass; what it did not raise on purpose gets its name."""
+    try:
+        step.run(gm, ctx)
+    except GraphoptError:
+        raise
+    except Exception as error:
+        raise PipelineError(f"pass {step.name} failed: {type(error).__name__}: {error}") from error
+
+
+def _check(gm: fx.GraphModule, captured: fx.GraphModule, step: Pass) -> None:
+    """Fail at the first wrong graph: not well formed, or not called like the captured one."""
     try:
         gm.graph.lint()
     except Exception as error:
         raise PipelineError(f"pass {step.name} left a broken graph: {error}") from error
+    for what, now, was in zip(("inputs", "outputs"), _arity(gm), _arity(captured), strict=True):
+        if now != was:
+            raise PipelineError(f"pass {step.name} left a broken graph: {now} {what} instead of {was}")
+
+
+def _arity(gm: fx.GraphModule) -> tuple[int, int]:
+    """How many inputs and outputs a graph has."""
+    return len(g.placeholders(gm.graph)), len(list(g.flat_arguments(g.output_node(gm.graph))))
+
+
+def _missed(gm: fx.GraphModule, step: Pass, ctx: Context) -> None:
+    """Warn, or raise, if there was something to match. Small fragments have nothing, and that is right."""
+    shares = flops.unmatched(gm.graph)
+    if sum(shares.values()) <= MISSED:
+        return
+    work = ", ".join(f"{share:.0%} in {name}" for name, share in shares.items())
+    message = f"pass {step.name} matched nothing, though of the graph's FLOPs {work}; graphopt.explain shows near misses"
+    if ctx.strict:
+        raise StrictError(message)
+    emit(ctx.observers, Warned(message))
 
 
 def passes_named(passes: Sequence[Pass]) -> tuple[str, ...]:

@@ -82,8 +82,9 @@ class Rewriter:
         """
         index = self.index()
         applied = 0
-        for _ in range(SWEEP_BOUND):
-            changed = self.sweep(index)
+        for number in range(SWEEP_BOUND):
+            # From the end first: a pattern with its casts is found before the fp32 variant inside it.
+            changed = self.sweep(index, from_end=number == 0)
             applied += changed
             if not changed:
                 break
@@ -111,13 +112,13 @@ class Rewriter:
                     found.setdefault(variant.anchor.target, []).append(variant)
         return found
 
-    def sweep(self, index: Mapping[object, list[Variant | Translation]]) -> int:
-        """Visit every node once, in order, and apply the first rule that matches there."""
+    def sweep(self, index: Mapping[object, list[Variant | Translation]], from_end: bool = False) -> int:
+        """Visit every node once, in order (or from the end), and apply the first rule that matches there."""
         nodes = list(self.gm.graph.nodes)
         self.order = {node: float(i) for i, node in enumerate(nodes)}
         self.misses.clear()
         changed = 0
-        for node in nodes:
+        for node in reversed(nodes) if from_end else nodes:
             if node.op != "call_function" or node._erased:
                 continue
             for candidate in index.get(node.target, ()):
@@ -183,6 +184,8 @@ class Rewriter:
         outputs = [binding.nodes[p] for p in variant.pattern.outputs if isinstance(p, Part)]
         anchor = outputs[0]
         identity = self.identify(variant.rule, binding, anchor)
+        for value, number in binding.assumed:
+            torch_private.specialise(value, number)
         reason = "denied" if identity in self.deny else self.unsafe(variant, binding)
         place = None if reason else self.place(binding, outputs)
         if place is None:

@@ -127,7 +127,7 @@ def recompile_limit_reached() -> str:
     compile_id = torch._guards.CompileContext.current_compile_id()
     limit = torch._dynamo.config.recompile_limit
     done = getattr(compile_id, "frame_compile_id", None)
-    if done is None or done + 1 < limit:
+    if done is None or done + 1 != limit:  # beyond it, torch counts by object (self, a closure) and goes on
         return ""
     return (
         f"this is compilation {done + 1} of {limit} of one function: from the next new shape on, torch runs it eagerly; "
@@ -136,9 +136,13 @@ def recompile_limit_reached() -> str:
 
 
 def outputs_need_gradients(gm: fx.GraphModule) -> bool:
-    """Whether any output of a Dynamo graph requires grad: judged by its example values, so `no_grad` inside counts."""
+    """Whether any computed output of a Dynamo graph requires grad.
+
+    Judged by example values, so that `no_grad` and `enable_grad` inside count. A parameter that is returned as it came
+    was not computed.
+    """
     output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
-    values = [n.meta.get("example_value") for n in output.all_input_nodes]
+    values = [n.meta.get("example_value") for n in output.all_input_nodes if n.op != "placeholder"]
     return any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
 
 
@@ -154,6 +158,21 @@ def trace_artifact(name: str, text: str) -> None:
     torch._logging.trace_structured(
         "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text
     )
+
+
+def hint(value: torch.SymInt | torch.SymFloat) -> int | float | None:
+    """The value that a symbolic number has in the example call, or None. Adds no guard."""
+    node = value.node
+    return node.hint if node.has_hint() else None
+
+
+def specialise(value: torch.SymFloat, number: float) -> None:
+    """Guard on a symbolic float having this value: another one is compiled anew.
+
+    Raises RuntimeError where the example's value is another one.
+    """
+    if float(value) != number:
+        raise RuntimeError(f"{value} is {float(value)}, not {number}")
 
 
 def learn_equal(a: object, b: object) -> bool:

@@ -1,6 +1,7 @@
 """Attention on CPU: torch's flash kernel where it is good, two products around a softmax where it is not.
 
-Masks come as one additive `bias` that all layers share: `lowering/masks` builds it from causal, offset, window and padding.
+Masks come as one additive `bias` that all layers share: `lowering/masks` builds it from causal, offset,
+window and padding.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def sdpa(
     sinks: torch.Tensor | None = None,
     empty_rows_mean: bool = False,
 ) -> torch.Tensor:
-    """torch's kernel, groups read in place (repeating k and v costs 30 times as much for one query on 1024 keys)."""
+    """torch's kernel, groups read in place (one query on 1024 keys: 169 us; on repeated k and v 4750)."""
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, bias, 0.0, causal, scale=scale, enable_gqa=grouped)
 
@@ -53,8 +54,8 @@ def one_query(
 ) -> torch.Tensor:
     """One query in half precision: the heads of a group become the rows that torch's kernel wants.
 
-    With one row it does not use the matrix units: 32 heads of 64 on 1024 keys in bf16 take 1510 us, with 8 kv heads folded
-    148 us; without groups, products in fp32 take 310.
+    With one row it does not use the matrix units: 32 heads of 64 on 1024 keys in bf16 take 1510 us, with 8
+    kv heads folded 148 us; without groups, products in fp32 take 310.
     """
     batch, heads, _, head_dim = q.shape
     kv_heads = k.shape[1]
@@ -110,7 +111,8 @@ def _softmax(scores: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     weights = torch.softmax(scores.add_(bias), -1)
     if bias.shape[-1] == 0:
         return weights
-    # On the bias, which all heads share: torch's safe softmax looks at every score and takes three times as long.
+    # On the bias, which all heads share: torch's safe softmax looks at every score and takes three times as
+    # long.
     return weights.masked_fill_(torch.isneginf(bias.amax(-1, True)), 0.0)
 
 
@@ -179,8 +181,8 @@ def composed_refuses(node: fx.Node) -> str | None:
 
 
 def _case(
-    name: str, heads: int = 4, kv_heads: int = 4, queries: int = 7, keys: int = 7, dim: int = 16, value_dim: int = 0,
-    batch: int = 2, layout: str = "transposed", **rest: object,
+    name: str, heads: int = 4, kv_heads: int = 4, queries: int = 7, keys: int = 7, dim: int = 16,
+    value_dim: int = 0, batch: int = 2, layout: str = "transposed", **rest: object,
 ) -> Case:  # fmt: skip
     """A case of attention; `rest` are the arguments after scale, by name."""
     names = (

@@ -1,4 +1,4 @@
-"""Key/value cache updates on CPU: one append or one indexed copy (lowering writes the latter in place where it may)."""
+"""Key/value cache updates on CPU: one append or one indexed copy (which lowering writes in place)."""
 
 from __future__ import annotations
 

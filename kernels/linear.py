@@ -19,7 +19,7 @@ def linear_epilogue(
     gate: torch.Tensor | None,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """act(x @ weight^T + bias) * gate + residual; the product's own memory takes the gate and the residual."""
+    """act(x @ weight^T + bias) * gate + residual; the product's own memory takes gate and residual."""
     y = F.linear(x, weight, bias)
     if activation is not None:
         y = act(y, activation)

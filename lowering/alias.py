@@ -10,12 +10,12 @@ from graphopt.graph import arg, is_mutable, schema_arguments
 
 
 def views_argument(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a call's result may be (a view of) this argument: by its schema; `getitem` picks from its argument."""
+    """Whether a call's result may be (a view of) this argument: by its schema; `getitem` picks from it."""
     if user.op != "call_function":
         return False
     if user.target is operator.getitem:
         return True
-    schema = schema_arguments(user.target)  # type: ignore[arg-type]  # of a call: callable
+    schema = schema_arguments(user.target)
     aliased = [a.name for a in schema if a.alias_info is not None]
     return any(_holds(arg(user, name), node) for name in aliased)
 
@@ -25,7 +25,7 @@ def _holds(argument: object, node: fx.Node) -> bool:
 
 
 def family(node: fx.Node, without: fx.Node | None = None) -> set[fx.Node]:
-    """The node and everything that may be a view of it, or of a view of it; not through the node `without`."""
+    """The node and everything that may be a view of it, or of a view of it; not through `without`."""
     found, todo = {node}, [node]
     while todo:
         seen = todo.pop()

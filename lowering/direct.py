@@ -90,8 +90,8 @@ SAME: dict[object, Callable[..., object]] = {
 
 
 def _slice(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Call | None:
-    """slice(x, -2, a, b, c) -> x[..., a:b:c, :]: indexing is the fastest spelling (1.09 us; slice 1.88, narrow 1.29)."""
-    x, dim, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    """slice(x, -2, a, b, c) -> x[..., a:b:c, :]: the fastest spelling (1.09 us; slice 1.88, narrow 1.29)."""
+    x, dim, start, end, step = args + (0, None, None, 1)[len(args) - 1 :]
     if not isinstance(dim, int) or dim >= 0:
         return None
     whole = (slice(None),) * (-dim - 1)
@@ -113,14 +113,14 @@ OTHER: dict[object, Callable[[tuple[object, ...], Mapping[str, object]], Call | 
 
 
 def call_directly(graph: fx.Graph) -> int:
-    """Replace overloads by bindings, leaving out arguments that have their default value; returns how many."""
+    """Replace overloads by bindings, without arguments that have their default value; returns how many."""
     changed = 0
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         found = spelled(node)
         if found is not None:
-            node.target, node.args, node.kwargs = found  # type: ignore[assignment]  # nodes and plain values
+            node.target, node.args, node.kwargs = found
             changed += 1
     return changed
 
@@ -131,16 +131,14 @@ def spelled(node: fx.Node) -> Call | None:
         return OTHER[node.target](node.args, node.kwargs)
     if node.target not in SAME:
         return None
-    schema = g.schema_arguments(node.target)  # type: ignore[arg-type]  # an overload
+    schema = g.schema_arguments(node.target)
     defaults = {a.name: a.default_value for a in schema}
     args = list(node.args)
-    while (
-        args
-        and schema[len(args) - 1].has_default_value()
-        and _equal(args[-1], schema[len(args) - 1].default_value)
-    ):
+    for argument in reversed(schema[: len(args)]):
+        if not argument.has_default_value() or not _equal(args[-1], argument.default_value):
+            break
         args.pop()
-    kwargs = {k: v for k, v in node.kwargs.items() if not _equal(v, defaults[k])}
+    kwargs: dict[str, object] = {k: v for k, v in node.kwargs.items() if not _equal(v, defaults[k])}
     return SAME[node.target], tuple(args), kwargs
 
 

@@ -1,6 +1,6 @@
 """Cut what depends on weights alone out of a graph: it is prepared once and kept in the WeightStore.
 
-linear(x, cat([w_q, w_k, w_v]))   ->   prepared = prepared_weights(store, w_q, w_k, w_v); linear(x, prepared[0])
+linear(x, cat([w_q, w_k]))   ->   prepared = prepared_weights(store, w_q, w_k); linear(x, prepared[0])
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NORMS = (ops.rms_norm.overload, ops.add_rms_norm.overload)
 
 
 def shift_norm_weights(graph: fx.Graph) -> int:
-    """rms_norm(x, w, weight_offset=1) -> rms_norm(x, 1 + w): on a weight the sum is prepared; returns how many."""
+    """rms_norm(x, w, weight_offset=1) -> rms_norm(x, 1 + w): the sum is prepared; returns how many."""
     shifted = 0
     known = g.weight_only(graph)
     for node in [n for n in graph.nodes if g.is_call(n, *NORMS)]:
@@ -38,7 +38,7 @@ def shift_norm_weights(graph: fx.Graph) -> int:
                 weight = insert_call(graph, node, aten.to.dtype, weight, wide, False, False, None)
             weight = insert_call(graph, node, aten.add.Tensor, weight, offset)
         changed = {"weight": weight, "weight_offset": 0.0}
-        names = g.argument_names(node.target)  # type: ignore[arg-type]  # an OpOverload
+        names = g.argument_names(node.target)
         node.args = tuple(changed[name] if name in changed else g.arg(node, name) for name in names)
         node.kwargs = {}
         shifted += 1
@@ -48,8 +48,8 @@ def shift_norm_weights(graph: fx.Graph) -> int:
 def fold(gm: fx.GraphModule, store: WeightStore) -> tuple[PreparePlan, ...]:
     """Replace every largest value that depends on weights alone by an item of one `prepared_weights` call.
 
-    The weights stay arguments of the graph; their prepared forms carry `meta["prepared"]`, their plan. Values whose
-    memory is returned or written stay in the graph: they must be new at each call. So do sizes.
+    The weights stay arguments of the graph; their prepared forms carry `meta["prepared"]`, their plan.
+    Values whose memory is returned or written stay in the graph: they must be new at each call. So do sizes.
     """
     graph = gm.graph
     cut = cuts(graph)
@@ -98,7 +98,7 @@ def plan_of(
     inputs: list[fx.Node],
     shared: dict[str, fx.GraphModule],
 ) -> PreparePlan:
-    """The graph from weights to one value; plans of one hash (layers of one shape) share their graph module."""
+    """The graph from weights to one value; plans of one hash (equal layers) share their graph module."""
     needed = sorted(_ancestors(node), key=order.__getitem__)
     sources = [n for n in needed if n.op == "placeholder"]
     graph = fx.Graph()

@@ -1,7 +1,8 @@
-"""Make one additive mask tensor of attention's causal, offset, window, padding and boolean bias; all layers share it.
+"""Make one additive mask of attention's causal, offset, window, padding and bias; all layers share it.
 
-attention(q, k, v, s, causal=True, offset_tensor=t, key_padding=p)   ->   attention(q, k, v, s, bias=mask), with
-mask = where((arange(K) <= arange(Q)[:, None] + t) & p[:, None, None, :], 0, -inf) built once, before the first layer.
+attention(q, k, v, s, causal=True, offset_tensor=t, key_padding=p)   ->   attention(q, k, v, s, bias=mask),
+where mask is built once, before the first layer:
+mask = where((arange(K) <= arange(Q)[:, None] + t) & p[:, None, None, :], 0, -inf)
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ ATTENTION = ops.attention.overload
 def lower_masks(graph: fx.Graph) -> int:
     """Rewrite every `attention` whose mask is more than one additive tensor; returns how many.
 
-    A plain causal triangle with offset 0 stays (kernels have it built in), and terms that hide nothing go. Rows without
-    a key: hidden entries are -inf, which kernels turn into zeros; for `empty_rows_mean` they are the dtype's minimum,
-    which makes the scores of such a row equal. `attention_lse` is left alone: its lse tells -inf from a minimum.
+    A plain causal triangle with offset 0 stays (kernels have it built in), and terms that hide nothing go.
+    Rows without a key: hidden entries are -inf, which kernels turn into zeros; for `empty_rows_mean` they
+    are the dtype's minimum, which makes the scores of such a row equal. `attention_lse` is left alone: its
+    lse tells -inf from a minimum.
     """
     maker = _Maker(graph)
     return sum(maker.lower(node) for node in list(graph.nodes) if g.is_call(node, ATTENTION))
@@ -60,7 +62,7 @@ def mask_of(node: fx.Node) -> _Mask:
         if causal and _never_negative(g.number(offset) - last):  # type: ignore[operator]  # as above
             causal = False  # j <= i + offset holds for every j: one query, and all keys are its past
         end = g.number(offset) + g.expression(queries)  # type: ignore[operator]  # as above
-        if window is not None and _never_negative(g.number(window) - end):  # type: ignore[operator]  # as above
+        if window is not None and _never_negative(g.number(window) - end):
             window = None  # j > i + offset - window holds for every i: the window is wider than the past
     padding, bias = g.arg(node, "key_padding"), g.arg(node, "bias")
     positioned = causal or window is not None
@@ -124,7 +126,7 @@ class _Maker:
     # --------------------------------------------------------------------------------------------- building
 
     def additive(self, node: fx.Node, mask: _Mask) -> fx.Node:
-        """The mask as a float tensor, broadcastable to [B, H, Q, K], in a dtype that kernels take beside q's."""
+        """A float tensor that broadcasts to [B, H, Q, K], in a dtype that kernels take with q's."""
         q = node.args[0]
         assert isinstance(q, fx.Node)
         mean = bool(g.arg(node, "empty_rows_mean"))
@@ -146,7 +148,7 @@ class _Maker:
         return self.call(node, aten.where.ScalarOther, keep, bias, hidden)
 
     def terms(self, node: fx.Node, mask: _Mask) -> list[fx.Node]:
-        """Boolean tensors, True where a key is seen, that broadcast to [B, H, Q, K]; those of all layers first."""
+        """Booleans that broadcast to [B, H, Q, K], True where a key is seen; shared ones first."""
         terms = []
         queries, keys = sizes(node)
         q, k = node.args[:2]

@@ -16,7 +16,7 @@ from graphopt.lowering.direct import call_directly
 from graphopt.lowering.fold import fold, shift_norm_weights
 from graphopt.lowering.masks import lower_masks
 from graphopt.lowering.select import select
-from graphopt.lowering.write_back import write_in_place
+from graphopt.lowering.write_back import update_fresh, write_in_place
 
 if TYPE_CHECKING:
     from graphopt.pipeline import Context
@@ -44,6 +44,7 @@ class Lower:
         lower_masks(gm.graph)
         shift_norm_weights(gm.graph)
         write_in_place(gm.graph)  # before fold: it looks at who reads an input, not at kernels
+        update_fresh(gm.graph)
         fold(gm, ctx.store)
         g.eliminate_dead_code(gm.graph)  # the last: kernels are plain functions, of which it knows nothing
         select(gm.graph, ctx.kernels, target, ctx.observers)
@@ -54,9 +55,10 @@ class Lower:
 
 
 class Lowered:
-    """What runs: called with the flat inputs and weights of the graph's placeholders, returns its flat outputs.
+    """What runs: from the flat inputs and weights of the graph's placeholders to its flat outputs.
 
-    Prepared weights are looked up by the tensors that are passed, so one instance serves any number of weight sets.
+    Prepared weights are looked up by the tensors that are passed, so one instance serves any number of
+    weight sets.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -69,11 +71,11 @@ class Lowered:
 
     @property
     def code(self) -> str:
-        """The program as text, one line a call with its shape, module path, the rule that made it and its source line."""
+        """The program as text, one line a call: shape, module path, the rule that made it, source line."""
         return listing(self.gm.graph)
 
     def calls(self) -> int:
-        """How many kernels and library functions one run calls; arithmetic on sizes and picking outputs are none."""
+        """How many functions one run calls; arithmetic on sizes and picking an output do not count."""
         return sum(
             node.op == "call_function" and node.target not in g.SIZE_OPS and not _picks(node)
             for node in self.gm.graph.nodes
@@ -92,7 +94,7 @@ def _picks(node: fx.Node) -> bool:
 
 
 def keep_output_strides(gm: fx.GraphModule) -> int:
-    """Give each output the layout that it has in eager (`gm.meta["output_strides"]`); returns how many are looked at.
+    """Give each output the layout that it has in eager, `gm.meta["output_strides"]`; returns how many.
 
     Which layout a kernel's result has is known at run time only; where it is right already, the call is free.
     """
@@ -113,7 +115,7 @@ def keep_output_strides(gm: fx.GraphModule) -> int:
             g.copy_provenance(new, value)
             g.set_val(new, g.val(value))
             laid[value] = new
-    output.args = fx.node.map_arg(output.args, lambda n: laid.get(n, n))  # type: ignore[assignment]  # a tuple
+    output.args = fx.node.map_arg(output.args, lambda n: laid.get(n, n))
     return len(laid)
 
 

@@ -1,4 +1,4 @@
-"""Choose for each op the first kernel of the target that does not refuse it; the op's own reference is always last."""
+"""Choose for each op the first kernel of the target that does not refuse; its reference is always last."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 from torch import fx
 
-from graphopt import graph as g
 from graphopt import ops
 from graphopt.kernel import Kernel
 from graphopt.observe import KernelChosen, Observer, emit
@@ -20,10 +19,10 @@ REFERENCES: dict[object, tuple[str, Callable[..., object]]] = {
 def select(
     graph: fx.Graph, kernels: Sequence[Kernel], target: str, observers: Sequence[Observer] = ()
 ) -> int:
-    """op(...) -> launch(...): each op's node calls its kernel's launcher, with the same arguments; returns how many.
+    """op(...) -> launch(...): each op's node calls its kernel's launcher instead; returns how many.
 
-    Emits a `KernelChosen` for each node, with the refusals of the kernels tried before. The chosen name is kept in
-    `meta["kernel"]`.
+    Emits a `KernelChosen` for each node, with the refusals of the kernels tried before. The chosen name is
+    kept in `meta["kernel"]`.
     """
     by_op: dict[str, list[Kernel]] = {}
     for kernel in kernels:
@@ -46,7 +45,7 @@ def choose(
     node: fx.Node, kernels: Sequence[Kernel], reference: Callable[..., object]
 ) -> tuple[str, Callable[..., object], tuple[str, ...]]:
     """The kernel's name and launcher, and why the ones before it refused."""
-    reasons = []
+    reasons: list[str] = []
     for kernel in kernels:
         reason = kernel.refuses(node)
         if reason is None:

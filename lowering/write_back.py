@@ -1,6 +1,6 @@
 """Write in place again what was made functional for the passes.
 
-new = index_copy(cache, d, i, x); use(new); copy_(cache, new)   ->   new = index_copy_(cache, d, i, x); use(new)
+new = index_copy(cache, 2, i, x); copy_(cache, new)   ->   new = index_copy_(cache, 2, i, x)
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ IN_PLACE: dict[object, Callable[..., object]] = {
     aten.mul.Tensor: aten.mul_.Tensor,
     aten.div.Tensor: aten.div_.Tensor,
 }
+# Those that are worth it on any buffer: they write little of it.
+UPDATES = (ops.cache_update.overload, aten.index_copy.default, aten.index_put.default)
 # A part is written: the view of it, then a copy into the view.
 PARTS: dict[object, Callable[..., object]] = {
     aten.slice_scatter.default: aten.slice.Tensor,
@@ -39,10 +41,11 @@ PARTS: dict[object, Callable[..., object]] = {
 
 
 def write_in_place(graph: fx.Graph) -> int:
-    """Turn every `copy_(input, value)` at the end into in-place calls where that is safe; returns how many went.
+    """Turn each final `copy_(input, value)` into in-place calls where that is safe; returns how many.
 
-    Safe means: the value was made from the input by calls that can run in place, one after the other; nothing reads an
-    older state of the input after it is overwritten; and the value is not returned as memory of its own.
+    Safe means: the value was made from the input by calls that can run in place, one after the other;
+    nothing reads an older state of the input after it is overwritten; and the value is not returned as
+    memory of its own.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     written = 0
@@ -62,13 +65,41 @@ def write_in_place(graph: fx.Graph) -> int:
     return written
 
 
+def update_fresh(graph: fx.Graph) -> int:
+    """index_copy(zeros(..), ..) -> index_copy_(zeros(..), ..) where nobody else reads them; returns how many.
+
+    A cache that the graph allocates itself would else be allocated and copied twice.
+    """
+    updated = 0
+    for node in [n for n in graph.nodes if g.is_call(n, *UPDATES, *PARTS) and _has_position(n)]:
+        base = node.args[0]
+        if not isinstance(base, fx.Node) or not _is_fresh(base) or readers(base) != {node}:
+            continue
+        if any(other in family(base) for other in list(g.flat_arguments(node))[1:]):
+            continue
+        if g.dtype(base) == g.dtype(node) and g.same_shape(g.shape(base), g.shape(node)):
+            overwrite(graph, base, node)
+            updated += 1
+    return updated
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """Whether a call makes new memory: it is an operator, and its schema lets its result be no view."""
+    schema = g.schema_arguments(node.target) if node.op == "call_function" else ()
+    return bool(schema) and g.is_pure(node) and not any(a.alias_info is not None for a in schema)
+
+
+def _has_position(node: fx.Node) -> bool:
+    return not g.is_call(node, ops.cache_update.overload) or g.arg(node, "position") is not None
+
+
 def chain_to(target: fx.Node, value: fx.Node) -> list[fx.Node] | None:
-    """The calls that lead from an input to the value written back to it, in order; None if it is made otherwise."""
+    """The calls from an input to the value written back to it, in order; None if it is made otherwise."""
     chain: list[fx.Node] = []
     while value is not target:
         if not g.is_call(value, *IN_PLACE, *PARTS, ops.cache_update.overload):
             return None
-        if g.is_call(value, ops.cache_update.overload) and g.arg(value, "position") is None:
+        if not _has_position(value):
             return None
         chain.append(value)
         base = value.args[0]
@@ -95,7 +126,7 @@ def unsafe(target: fx.Node, chain: Sequence[fx.Node], copy: fx.Node, order: dict
 
 
 def overwrite(graph: fx.Graph, target: fx.Node, node: fx.Node) -> fx.Node:
-    """Let one call of the chain write to the input; returns the node that holds the result (it is the input's memory)."""
+    """Let one call of the chain write to the input; returns the node that then is the input's memory."""
     with graph.inserting_before(node):
         if node.target in PARTS:
             part = insert_call(graph, node, PARTS[node.target], target, *node.args[2:])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from graphopt import ops
+from graphopt.match import Binding
 from graphopt.rule import Int, T, rule
 
 
@@ -36,10 +37,17 @@ def partial_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary: int) ->
     return torch.cat((turned_q, q[..., rotary:]), dim=-1), torch.cat((turned_k, k[..., rotary:]), dim=-1)
 
 
+def _even(binding: Binding) -> str | None:
+    """Two halves of an odd head differ in length; the op rotates pairs."""
+    size = binding.number("d")
+    even = size % 2 == 0 if isinstance(size, int) else getattr(size, "is_even", None)
+    return None if even else f"head_dim {size} is {'odd' if even is False else 'not known to be even'}"
+
+
 _HEADS = {"q": T("b h s d"), "k": T("b hk s d"), "cos": T("b|1 s d"), "sin": T("b|1 s d")}
 
 RULES = (
-    rule(llama_rope, lambda q, k, cos, sin: ops.rope(q, k, cos, sin, cos.shape[-1], False), **_HEADS),
+    rule(llama_rope, lambda q, k, cos, sin: ops.rope(q, k, cos, sin, cos.shape[-1], False), guard=_even, **_HEADS),
     rule(cohere_rope, lambda q, k, cos, sin: ops.rope(q, k, cos, sin, cos.shape[-1], True), **_HEADS),
     rule(
         partial_rope,

@@ -1,4 +1,4 @@
-"""Sketches for lowering and merge: symbolic sizes, constants and weights of any dtype; and what a graph calls."""
+"""Sketches for lowering and merge: symbolic sizes, constants, weights of any dtype; what a graph calls."""
 
 from __future__ import annotations
 

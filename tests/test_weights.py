@@ -1,4 +1,4 @@
-"""The WeightStore: prepared once, seen when changed, dropped when a source dies, right when nothing can be known."""
+"""The WeightStore: prepared once, again when changed, dropped when a source dies."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from graphopt import graph as g
-from graphopt.passes.functionalize import functionalize, storage
+from graphopt.aliasing import root, storage, written_arguments
+from graphopt.passes.functionalize import functionalize
 from graphopt.passes.spellings import SPELLINGS, Pieces, Result
 
 if TYPE_CHECKING:
@@ -117,26 +118,37 @@ class Speller:
         new = self.graph.node_copy(node, self.argument)  # type: ignore[arg-type]  # fx maps literals, too
         return self.sizes_known.setdefault(expr, new)
 
+    def write_back(self, node: fx.Node, entry: fx.Node, value: fx.Node) -> fx.Node:
+        """copy_(input, value): the value may not be (a view of) an input that is written before, or of this one."""
+        new = self.emit(aten.copy_.default, (entry, value, False), {}, g.val(node), node)
+        self.first_write = self.first_write or new
+        self.written.append(entry)
+        return new
+
     def output(self, node: fx.Node) -> None:
         """The outputs; two that were different memory in eager stay different memory."""
-        taken: dict[int, int | None] = {}
-        roots = {id(n): storage(g.val(n)) for n in self.graph.nodes if n.op == "placeholder"}
+        taken: dict[fx.Node, int | None] = {n: storage(g.val(n)) for n in g.placeholders(self.graph)}
 
         def fresh(old: fx.Node) -> object:
             new = self.argument(old)
             if not isinstance(new, fx.Node) or not g.is_tensor(new):
                 return new
-            root, memory = _root(new), storage(g.val(old))
-            owner = roots.get(id(root), taken.setdefault(id(root), memory))
-            if root.op == "get_attr" or owner != memory:
-                new = self.graph.create_node("call_function", aten.clone.default, (new,), {"memory_format": None})
-                g.set_val(new, g.val(old))
-                g.copy_provenance(new, old)
-                new.meta["keep"] = True
-            return new
+            source, memory = root(new), storage(g.val(old))
+            owner = taken.setdefault(source, memory)
+            return self.private(new, old) if source.op == "get_attr" or owner != memory else new
 
         new = self.graph.create_node("output", "output", fx.node.map_arg(node.args, fresh))  # type: ignore[arg-type]
         new.meta.update(node.meta)
+
+    def private(self, value: fx.Node, like: fx.Node) -> fx.Node:
+        """A copy of a value as it is before any input is written."""
+        before = self.graph.inserting_before(self.first_write) if self.first_write else contextlib.nullcontext()
+        with before:
+            new = self.graph.create_node("call_function", aten.clone.default, (value,), {"memory_format": None})
+        g.set_val(new, g.val(like))
+        g.copy_provenance(new, like)
+        new.meta["keep"] = True
+        return new
 
     # ----------------------------------------------------------------------------------------- arguments
 

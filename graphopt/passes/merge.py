@@ -1,6 +1,6 @@
 """Merge: linears that read one input become one linear on their concatenated weights: Q, K, V; gate and up.
 
-linear(x, Wq), linear(x, Wk), linear(x, Wv)   ->   y = linear(x, cat([Wq, Wk, Wv])); y[..., :q], y[..., q:q+k], y[..., q+k:]
+linear(x, Wq), linear(x, Wk)   ->   y = linear(x, cat([Wq, Wk])); y[..., :q], y[..., q:]
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ RULE = "merge_siblings"
 class Merge:
     """Sibling linears become one, so that their input is read once and one call does the work.
 
-    Merged are linears of one input, made by neighbouring modules (the same parent), whose weights depend on weights
-    alone and agree in dtype, device and in having a bias or not. The concatenation is a node on the weights: `fold`
-    prepares it once. Options: `max_rows`, the most output features of a linear that is merged; a vocabulary is beyond.
+    Merged are linears of one input, made by neighbouring modules (the same parent), whose weights depend on
+    weights alone and agree in dtype, device and in having a bias or not. The concatenation is a node on the
+    weights: `fold` prepares it once. Options: `max_rows`, the most output features of a linear that is
+    merged; a vocabulary is beyond.
     """
 
     max_rows: int = 65536
@@ -76,7 +77,7 @@ class _Merger:
     ids: dict[str, int] = field(default_factory=dict)
 
     def merge(self, siblings: Sequence[fx.Node]) -> None:
-        """Merge the linears of one input, each group of equals for itself; refuse the others with their reason."""
+        """Merge the linears of one input, each group of equals for itself; refuse the others."""
         groups: dict[object, list[fx.Node]] = {}
         for node in siblings:
             reason = self.refuses(node)
@@ -103,7 +104,8 @@ class _Merger:
             return f"{rows} rows > {self.options.max_rows}"
         other = next((u for u in weight.users if not g.is_call(u, LINEAR)), None)
         if g.is_weight(weight) and other is not None and other not in self.weights:
-            return f"weight {g.weight_names(weight)[0]} is also read by {g.op_name(other)}, a copy would be a second one"
+            name = g.weight_names(weight)[0]
+            return f"weight {name} is also read by {g.op_name(other)}: merging would hold it twice"
         return None
 
     def kind(self, node: fx.Node) -> tuple[object, ...]:
@@ -167,7 +169,7 @@ class _Merger:
         emit(self.ctx.observers, Matched(match))
 
     def hoist(self, needed: Sequence[fx.Node], place: fx.Node) -> None:
-        """Move what is computed from weights alone before the first sibling, with all that it is computed from."""
+        """Move what is computed from weights alone before the first sibling, with what that needs."""
         late: set[fx.Node] = set()
         todo = list(needed)
         while todo:

@@ -15,7 +15,7 @@ from tests.graphs import Builder, targets
 
 aten = torch.ops.aten
 
-X, Y, I = torch.randn(2, 3, 4), torch.rand(2, 3, 4), torch.tensor([[0], [2]])
+X, Y, INDEX = torch.randn(2, 3, 4), torch.rand(2, 3, 4), torch.tensor([[0], [2]])
 B = X > 0
 CALLS: dict[Callable[..., object], tuple[tuple[object, ...], dict[str, object]]] = {
     aten.addmm.default: ((X[0, :, :3], X[0], Y[0].T), {"beta": 1, "alpha": 2}),
@@ -36,13 +36,13 @@ CALLS: dict[Callable[..., object], tuple[tuple[object, ...], dict[str, object]]]
     aten.clamp.default: ((X, None, 0.5), {}),
     aten.copy_.default: ((X.clone(), Y, False), {}),
     aten.cumsum.default: ((X, -1), {"dtype": None}),
-    aten.embedding.default: ((X[0], I, -1, False, False), {}),
+    aten.embedding.default: ((X[0], INDEX, -1, False, False), {}),
     aten.expand.default: ((X[:, :1], [2, 3, 4]), {"implicit": False}),
     aten.full.default: (
         ([2, 3], 1.5),
         {"dtype": torch.float64, "layout": None, "device": None, "pin_memory": None},
     ),
-    aten.gather.default: ((X, -1, I.expand(2, 3).unsqueeze(-1)), {"sparse_grad": False}),
+    aten.gather.default: ((X, -1, INDEX.expand(2, 3).unsqueeze(-1)), {"sparse_grad": False}),
     aten.gelu.default: ((X,), {"approximate": "tanh"}),
     aten.index_copy.default: ((X, -1, torch.tensor([1]), Y[..., :1]), {}),
     aten.index_copy_.default: ((X.clone(), -1, torch.tensor([1]), Y[..., :1]), {}),

@@ -1,4 +1,4 @@
-"""Every combination of mask arguments against the attention reference; masks are built once; triangles stay."""
+"""Every combination of mask arguments against the attention reference; masks are built once."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def attention_graph(dtype: torch.dtype = torch.float32, layers: int = 1, **mask:
 
 
 def example(gm: fx.GraphModule, seed: int = 0) -> list[torch.Tensor]:
-    """Values for the graph's placeholders; the first query of batch 0 sees no key under padding and causal."""
+    """Values for the placeholders; the first query of batch 0 sees no key under padding and causal."""
     torch.manual_seed(seed)
     values = []
     for node in g.placeholders(gm.graph):
@@ -89,7 +89,7 @@ COMBINATIONS = [
 
 
 def same_as_before(gm: fx.GraphModule, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
-    """Lower the masks and compare; then choose kernels and compare again. Returns the graph with lowered masks."""
+    """Lower the masks, compare, choose kernels, compare again; returns the graph with lowered masks."""
     values = example(gm)
     expected = gm(*values)
     lower_masks(gm.graph)

@@ -1,4 +1,4 @@
-"""The whole pass on a small layer: results, what is called, weights, caches, strides, and code that can be read."""
+"""The whole pass on a small decoder: results, calls, weights, caches, strides, and code that can be read."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ from tests.graphs import Builder, calls
 from tests.tolerances import close
 
 aten = torch.ops.aten
-KERNELS = (
-    *rms_norm.KERNELS, *layer_norm.KERNELS, *rope.KERNELS, *attention.KERNELS, *linear.KERNELS, *mlp.KERNELS, *cache.KERNELS,
-)  # fmt: skip
+ROOM = (rms_norm, layer_norm, rope, attention, linear, mlp, cache)
+KERNELS = tuple(kernel for file in ROOM for kernel in file.KERNELS)
 HEADS, KV_HEADS, DIM, WIDTH, LENGTH = 4, 2, 8, 24, 12
 
 
 def layers(count: int = 2, dtype: torch.dtype = torch.float32, queries: int = 1) -> fx.GraphModule:
-    """A decoder with a static cache: norm, Q K V, rope, cache, attention, residual, norm, gated MLP, residual."""
+    """A decoder with a static cache: norm, QKV, rope, cache, attention, norm, gated MLP."""
     build = Builder()
     x = build.input("x", 2, queries, WIDTH, dtype=dtype)
     cos, sin = (build.input(n, 1, queries, DIM, dtype=dtype) for n in ("cos", "sin"))

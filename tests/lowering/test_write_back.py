@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from graphopt import ops
-from graphopt.lowering.write_back import write_in_place
+from graphopt.lowering.write_back import update_fresh, write_in_place
 from tests.graphs import Builder, calls
 
 aten = torch.ops.aten
@@ -209,3 +209,38 @@ def test_other_values_are_copied(other: str) -> None:
         return build.done()
 
     behaves(graph, values(), in_place=False)
+
+
+# ------------------------------------------------------------------------------------------ fresh buffers
+
+
+@pytest.mark.parametrize("scatter", [False, True])
+@pytest.mark.parametrize("returned", [False, True])
+def test_a_cache_that_the_graph_allocates_is_written_in_place(returned: bool, scatter: bool) -> None:
+    def graph() -> fx.GraphModule:
+        build, _, new, position = cache_graph()
+        zeros = build.call(aten.zeros.default, [1, 2, 6, 4])
+        if scatter:
+            updated = build.call(aten.slice_scatter.default, zeros, new, 2, 1, 3, 1)
+        else:
+            updated = build.call(UPDATE, zeros, new, position)
+        return build.done(updated if returned else build.call(aten.neg.default, updated))
+
+    before, after = graph(), graph()
+    assert update_fresh(after.graph) == 1 and not calls(after, UPDATE, aten.slice_scatter.default)
+    after.graph.lint()
+    after.recompile()
+    for _ in range(2):
+        assert torch.equal(after(*values())[0], before(*values())[0])
+
+
+def test_buffers_that_somebody_else_reads_are_not() -> None:
+    build, cache, new, position = cache_graph()
+    zeros = build.call(aten.zeros.default, [1, 2, 6, 4])
+    keys, vals = (build.call(UPDATE, zeros, new, position) for _ in range(2))
+    of_input = build.call(UPDATE, cache, new, position)
+    view = build.call(aten.permute.default, build.call(aten.neg.default, cache), [0, 1, 2, 3])
+    of_view = build.call(UPDATE, view, new, position)
+    appended = build.call(UPDATE, build.call(aten.neg.default, cache), new, None)
+    gm = build.done(keys, vals, of_input, of_view, appended)
+    assert update_fresh(gm.graph) == 0

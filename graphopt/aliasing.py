@@ -1,0 +1,68 @@
+"""What shares memory with what, and what a call writes: read off schemas and off the fake tensors of the trace."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from graphopt import graph as g
+
+aten = torch.ops.aten
+
+# Written by their schema, yet they only return their argument.
+ALIAS_ONLY = frozenset({aten.detach_.default})
+
+
+def storage(value: object) -> int | None:
+    """The identity of the storage behind a fake tensor, or behind all pieces of a split; equal storages alias."""
+    if isinstance(value, torch.Tensor):
+        return value.untyped_storage()._cdata
+    if isinstance(value, (list, tuple)) and value:
+        keys = {storage(v) for v in value}
+        return keys.pop() if len(keys) == 1 else None
+    return None
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a node is a call that writes to an argument."""
+    return node.op == "call_function" and g.is_mutable(node.target) and node.target not in ALIAS_ONLY
+
+
+def written_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The arguments that a call writes, each once, by its schema; lists are opened."""
+    found: dict[fx.Node, None] = {}
+    if writes(node):
+        for argument in g.schema_arguments(node.target):  # type: ignore[arg-type]  # a call's target is callable
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = g.arg(node, argument.name)
+                several = given if isinstance(given, (list, tuple)) else (given,)
+                found.update(dict.fromkeys(n for n in several if isinstance(n, fx.Node)))
+    return tuple(found)
+
+
+def viewed(node: object) -> fx.Node | None:
+    """The argument that a call's result may be (a view of), by its schema; None where the result is new memory."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or not node.args:
+        return None
+    if node.target is operator.getitem:
+        return node.args[0] if isinstance(node.args[0], fx.Node) else None
+    for argument in g.schema_arguments(node.target):
+        if argument.alias_info is not None:
+            given = g.arg(node, argument.name)
+            return given if isinstance(given, fx.Node) else None
+    return None
+
+
+def root(node: fx.Node) -> fx.Node:
+    """What a value may be a view of, through all views: an input, a constant or the call that made the memory."""
+    while (source := viewed(node)) is not None:
+        node = source
+    return node
+
+
+def written_inputs(graph: fx.Graph) -> set[fx.Node]:
+    """The placeholders that some call writes, directly or through a view."""
+    keys = {storage(g.val(n)) for node in graph.nodes for n in written_arguments(node)} - {None}
+    return {n for n in g.placeholders(graph) if storage(g.val(n)) in keys}

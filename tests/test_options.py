@@ -1,0 +1,65 @@
+"""Options: plain values, checked by name, type and value, with the nearest right one in the error."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from graphopt.defaults import pipeline
+from graphopt.errors import OptionError
+from graphopt.options import VALUES, Options
+
+
+def test_nothing_given_is_the_defaults() -> None:
+    assert Options.parse(None) == Options.parse({}) == Options() == Options(False, True, "cpu")
+
+
+def test_each_value_of_each_option_is_taken() -> None:
+    for name, values in VALUES.items():
+        for value in values:
+            assert getattr(Options.parse({name: value}), name) == value
+
+
+def test_the_table_of_values_names_every_option_and_its_default_first() -> None:
+    assert {f.name: f.default for f in dataclasses.fields(Options)} == {k: v[0] for k, v in VALUES.items()}
+
+
+def test_options_are_plain_comparable_values() -> None:
+    assert Options.parse({"strict": True}) == Options.parse({"strict": True}) != Options()
+    assert hash(Options.parse({"merge": False})) == hash(Options(merge=False))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Options().strict = True  # type: ignore[misc]  # that it cannot be set is the point
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"strikt": True}, "no option 'strikt'; did you mean 'strict'?"),
+        ({"Merge": True}, "no option 'Merge'; did you mean 'merge'?"),
+        ({"triton.cudagraphs": True}, "no option 'triton.cudagraphs'; known are 'strict', 'merge', 'target'"),
+        ({3: True}, "no option 3; known are"),
+        ({"strict": "True"}, "'strict' is 'True'; did you mean True?"),
+        ({"strict": 1}, "'strict' is 1; known are False, True"),
+        ({"strict": None}, "'strict' is None; known are"),
+        ({"merge": torch.ones(2)}, r"'merge' is tensor\(\[1., 1.\]\); known are True, False"),
+        ({"target": "gpu"}, "'target' is 'gpu'; did you mean 'cpu'?"),
+        ({"target": "cuda:90"}, "'target' is 'cuda:90'; known are 'cpu'"),
+        ({"target": True}, "'target' is True; known are 'cpu'"),
+        ("strict", "options is 'strict'; it takes a dict"),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_is_right(given: object, message: str) -> None:
+    with pytest.raises(OptionError, match=message.replace("?", r"\?")):
+        Options.parse(given)  # type: ignore[arg-type]  # that is what is tested
+
+
+def test_an_option_error_is_a_value_error() -> None:
+    with pytest.raises(ValueError):
+        Options.parse({"strict": "no"})
+
+
+def test_merge_is_left_out_on_request() -> None:
+    names = [p.name for p in pipeline(Options(merge=False)).passes]
+    assert names == [p.name for p in pipeline().passes if p.name != "merge"] and "lower" in names
