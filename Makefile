@@ -1,7 +1,7 @@
 # make demo    set up .venv and run the main job
 # make test    set up .venv and run all tests
 # make check   lint and type check
-# make bench   benchmarks
+# make bench   benchmarks, and the README's tables from them
 
 # Torch goes in first and by its exact version: without one, pip may choose a build with several GB of CUDA packages.
 TORCH  ?= 2.13.0
@@ -27,7 +27,9 @@ check: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python -m bench.bench_models
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_passes
+	$(BIN)/python -m bench.bench_models --inductor
+	$(BIN)/python -m bench.report
 
 # A CUDA build of torch brings its own triton, a CPU build brings none.
 $(READY): pyproject.toml

@@ -46,13 +46,20 @@ def viewed(node: object) -> fx.Node | None:
     """The argument that a call's result may be (a view of), by its schema; None where the result is new memory."""
     if not isinstance(node, fx.Node) or node.op != "call_function" or not node.args:
         return None
-    if node.target is operator.getitem:
-        return node.args[0] if isinstance(node.args[0], fx.Node) else None
+    if node.target is operator.getitem:  # of a split's views; the outputs of any other call are memories of their own
+        source = node.args[0]
+        return source if isinstance(source, fx.Node) and viewed(source) is not None else None
     for argument in g.schema_arguments(node.target):
         if argument.alias_info is not None:
             given = g.arg(node, argument.name)
-            return given if isinstance(given, fx.Node) else None
+            return given if isinstance(given, fx.Node) and not _casts(node, given) else None
     return None
+
+
+def _casts(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a result has another dtype than what it might be a view of: then it is a copy, but for `view(dtype)`."""
+    both = g.is_tensor(node) and g.is_tensor(source)
+    return both and node.target is not aten.view.dtype and g.dtype(node) != g.dtype(source)
 
 
 def root(node: fx.Node) -> fx.Node:

@@ -38,10 +38,10 @@ _enabled: list[Enabled] = []  # innermost last; process-wide, as torch's own sta
 
 
 def enable(**options: object) -> Enabled:
-    """Send every `torch.compile` in this process to graphopt: the library's own, HF `generate`, `generate_batch`.
+    """Send every `torch.compile` in this process to graphopt: a library's, HF `generate`, `generate_batch`.
 
-    `with graphopt.enable(merge=False): ...` limits it to a block; enabling twice nests. Other threads included.
-    These options replace the ones of a `torch.compile(..., options=...)` call, which torch does not forward.
+    `with graphopt.enable(merge=False): ...` limits it to a block; enabling twice nests. All threads are
+    included. These options stand in for those of a `torch.compile(..., options=...)`: torch forwards none.
 
     Raises:
         OptionError: an unknown option or value; nothing is changed then.
@@ -58,9 +58,9 @@ def disable() -> None:
 
 
 def optimize(model: M, **options: object) -> M:
-    """Compile a model in place and return it: same interface, `generate()` works. Call it under `torch.no_grad()`.
+    """Compile a model in place and return it: same interface, `generate()` works.
 
-    Its graphs (prefill, decode, a new length) share their prepared weights.
+    Call it under `torch.no_grad()`. Its graphs (prefill, decode, a new length) share their prepared weights.
 
     Raises:
         OptionError: an unknown option or value; nothing is changed then.

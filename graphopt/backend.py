@@ -1,4 +1,4 @@
-"""The `torch.compile` backend: a Dynamo graph in, a callable out; whatever goes wrong, the user's program still runs."""
+"""The `torch.compile` backend: a Dynamo graph in, a callable out; whatever goes wrong, the model runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -24,8 +25,8 @@ from graphopt.weights import WeightStore
 
 log = logging.getLogger(__name__)
 
-# Prepared weights of every graph in the process: the prefill and the decode graph of a model share theirs. Entries die
-# with the tensors they were made from.
+# Prepared weights of every graph in the process: the prefill and the decode graph of a model share theirs.
+# Entries die with the tensors they were made from.
 STORE = WeightStore()
 
 _reports: deque[Report] = deque(maxlen=512)
@@ -60,11 +61,13 @@ class Forced:
     """The backend that `enable` puts in the place of every other; what it cannot do goes to Inductor.
 
     A library that compiles by itself expects to be compiled. Torch forwards none of that call's own options.
-    Torch keeps compiled code by the equality of backends: enabled again with equal options, nothing recompiles;
-    with others, nothing old is used.
+    Torch keeps compiled code by the equality of backends: enabled again with equal options, nothing is
+    compiled again; with others, nothing old is used.
     """
 
     options: Options
+
+    compiler_name: ClassVar[str] = "graphopt"  # for torch's messages
 
     def __call__(
         self, gm: fx.GraphModule, example_inputs: Sequence[object], **kwargs: object
@@ -85,13 +88,13 @@ def clear_reports() -> None:
 
 @dataclass
 class Guarded:
-    """What a compiled graph runs as: our program and, where that fails though the original does not, the original.
+    """What a compiled graph runs as: our program; where that fails and the original does not, the original.
 
     Attributes:
         run: our program, until it has failed.
         original: the program that Dynamo recorded.
-        writes: whether a run may change its inputs. After half a run, the original would then start from another
-            state: the failure is raised instead.
+        writes: whether a run may change its inputs. After half a run, the original would then start from
+            another state: the failure is raised instead.
         strict: raise instead of falling back.
         report: told about a fall-back.
     """

@@ -1,4 +1,4 @@
-"""What graphopt consists of: the three explicit tuples RULES, KERNELS and PIPELINE. The only file that sees every room."""
+"""What graphopt consists of: the tuples RULES, KERNELS and PIPELINE. The only file that sees every room."""
 
 from __future__ import annotations
 

@@ -8,8 +8,7 @@ makes it total. A failure is a value: the deepest place that was reached, and wh
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Literal, TypeAlias
 
 import torch
@@ -17,6 +16,7 @@ from torch import fx
 
 from graphopt import graph as g
 from graphopt import torch_private
+from graphopt.binding import Binding, Miss, evaluate, shown
 from graphopt.rule import Carried, Parameter, Part, Symbolic, Variant
 
 aten = torch.ops.aten
@@ -40,48 +40,12 @@ Goal: TypeAlias = "tuple[object, object]"  # (what the pattern has, what the mod
 Goals: TypeAlias = "tuple[Goal, Goals] | None"
 
 
-@dataclass
-class Binding:
-    """What a pattern's parts and names stand for in the model. Guards read it by name."""
-
-    nodes: dict[Part, fx.Node] = field(default_factory=dict)
-    leaves: dict[str, object] = field(default_factory=dict)  # tensor parameter -> node
-    names: dict[str, object] = field(default_factory=dict)  # dimension -> size; Float, Int, Text -> literal or node
-    carried: dict[str, object] = field(default_factory=dict)
-    lead: tuple[object, ...] | None = None  # what `...` stands for
-    assumed: list[tuple[torch.SymFloat, float]] = field(default_factory=list)  # graph values taken for literals
-
-    def __getitem__(self, name: str) -> object:
-        """A parameter's node or literal, or a dimension's size."""
-        return self.leaves[name] if name in self.leaves else self.names[name]
-
-    def number(self, name: str) -> object:
-        """A dimension or scalar as a number: an int, a float, or a sympy expression."""
-        return g.number(self.names[name])
-
-
-@dataclass(frozen=True)
-class Miss:
-    """Where an attempt stopped: how many parts had matched, and why the next did not. Put into words when asked."""
-
-    depth: int
-    node: fx.Node
-    text: str = ""
-    want: object = None
-    have: object = None
-
-    @property
-    def reason(self) -> str:
-        """Why, naming what was expected and what was found."""
-        return self.text or f"expected {_show(self.want)}, found {_show(self.have)}"
-
-
 def match(variant: Variant, anchor: fx.Node) -> Binding | Miss:
     """Match a variant with its first output at `anchor`: the binding, or the deepest miss."""
+    if not _may_be(variant.anchor, anchor):
+        return Miss(1, anchor, f"no operand is what {variant.rule.name} reads")
     attempt = _Attempt(variant)
-    if not attempt.solve(((variant.anchor, anchor), None)):
-        return attempt.miss(anchor)
-    if not attempt.other_outputs(1):
+    if not attempt.solve(((variant.anchor, anchor), None), 1):
         return attempt.miss(anchor)
     binding = attempt.binding
     reason = outside_reader(variant, binding)
@@ -122,8 +86,8 @@ class _Attempt:
 
     # ------------------------------------------------------------------------------------------- the search
 
-    def solve(self, goals: Goals) -> bool:
-        """Reach every goal, trying both orders of commutative operands."""
+    def solve(self, goals: Goals, done: int) -> bool:
+        """Reach every goal, then the outputs from the `done`-th on, trying both orders of commutative operands."""
         while goals is not None:
             self.steps += 1
             if self.steps > STEP_BOUND:
@@ -157,35 +121,35 @@ class _Attempt:
             for key, value in want.kwargs.items():
                 rest = ((value, have.kwargs[key]), rest)
             if want.target in COMMUTATIVE and _swappable(want, have):
-                return self.either(want, have, rest)
+                return self.either(want, have, rest, done)
             for value, mine in zip(reversed(want.args), reversed(have.args), strict=True):
                 rest = ((value, mine), rest)
             goals = rest
-        return self.settle()
+        return self.settle() and self.other_outputs(done)
 
-    def either(self, want: Part, have: fx.Node, rest: Goals) -> bool:
+    def either(self, want: Part, have: fx.Node, rest: Goals, done: int) -> bool:
         """Both orders of two operands."""
         (a, b), (x, y) = want.args[:2], have.args[:2]
         if _cannot_be(a, x) or _cannot_be(b, y):
-            return self.solve(((a, y), ((b, x), rest)))
+            return self.solve(((a, y), ((b, x), rest)), done)
         mark = len(self.trail)
-        if self.solve(((a, x), ((b, y), rest))):
+        if self.solve(((a, x), ((b, y), rest)), done):
             return True
         self.undo(mark)
-        return self.solve(((a, y), ((b, x), rest)))
+        return self.solve(((a, y), ((b, x), rest)), done)
 
     def other_outputs(self, index: int) -> bool:
         """Find the pattern's further outputs by going down from what is bound already."""
         outputs = self.variant.pattern.outputs
         if index == len(outputs):
-            return True
+            return self.determined()
         part = outputs[index]
         assert isinstance(part, Part)
         if part in self.binding.nodes:
             return self.other_outputs(index + 1)
         for candidate in self.candidates(part):
             mark = len(self.trail)
-            if self.solve(((part, candidate), None)) and self.other_outputs(index + 1):
+            if self.solve(((part, candidate), None), index + 1):
                 return True
             self.undo(mark)
         return False
@@ -245,7 +209,7 @@ class _Attempt:
                     continue
                 wanted = _base_dimension(dim[0])
             if not self.unify(wanted, size):
-                return self.stop(want, have, f"{want.leaf} has shape {tuple(value.shape)}, {_show(wanted)} is not {size}")
+                return self.stop(want, have, f"{want.leaf} has shape {tuple(value.shape)}, {shown(wanted)} is not {size}")
         return True
 
     def broadcasts(self, sizes: tuple[object, ...]) -> bool:
@@ -312,7 +276,7 @@ class _Attempt:
             self.bind(self.binding.names, name, have)
             return True
         return g.equal(g.number(self.binding.names[name]), g.number(have)) or self.stop(
-            name, have, f"{name} is {_show(self.binding.names[name])} elsewhere"
+            name, have, f"{name} is {shown(self.binding.names[name])} elsewhere"
         )
 
     def unify_symbolic(self, want: Symbolic, have: object) -> bool:
@@ -325,7 +289,7 @@ class _Attempt:
             return self.unify_name(want.names[0], have)
         if all(n in self.binding.names for n in want.names):
             value = self.evaluate(want)
-            return g.equal(value, g.number(have)) or self.stop(want, have, f"{_show(want)} is {value}")
+            return g.equal(value, g.number(have)) or self.stop(want, have, f"{shown(want)} is {value}")
         later = self.later
         later.append((want, have))
         self.trail.append(later.pop)  # type: ignore[arg-type]  # what pop returns is not used
@@ -339,7 +303,14 @@ class _Attempt:
         """Compare the expressions that were kept for later, as far as their names are known by now."""
         for want, have in self.later:
             if all(n in self.binding.names for n in want.names) and not g.equal(self.evaluate(want), g.number(have)):
-                return self.stop(want, have, f"{_show(want)} is {self.evaluate(want)}")
+                return self.stop(want, have, f"{shown(want)} is {self.evaluate(want)}")
+        return True
+
+    def determined(self) -> bool:
+        """Whether every expression could be compared: one that was not would match anything."""
+        for want, have in self.later:
+            if not all(n in self.binding.names for n in want.names):
+                return self.stop(want, have, f"nothing says what {want.text} is")
         return True
 
     # ------------------------------------------------------------------------------------------- bookkeeping
@@ -370,18 +341,16 @@ class _Attempt:
         return Miss(self.deepest, node, reason, want, have)
 
 
-def evaluate(want: Symbolic, names: Mapping[str, object]) -> object:
-    """An expression of names as a number, or as a sympy expression of the model's symbolic sizes."""
-    values = [g.operand(names[n]) for n in want.names]
-    return g.expression(compiled(want)(*values))
-
-
-@functools.cache
-def compiled(want: Symbolic) -> Callable[..., object]:
-    """An expression as a Python function of its names. The text is made by `rule_trace`, never by a user."""
-    arguments = [n.replace("|1", "_or_1") for n in want.names]
-    text = want.text.replace("|1", "_or_1")
-    return eval(f"lambda {', '.join(arguments)}: {text}", {"__builtins__": {}})
+def _may_be(part: Part, node: fx.Node) -> bool:
+    """A cheap test that saves an attempt: the anchor's operands call what the pattern's call, in one of two orders."""
+    if part.dtype is not None and isinstance(value := g.val(node), torch.Tensor) and value.dtype != part.dtype:
+        return False
+    wanted, found = part.args, node.args
+    if not any(_cannot_be(a, x) for a, x in zip(wanted, found, strict=False)):
+        return True
+    if part.target not in COMMUTATIVE or len(wanted) < 2 or len(found) < 2:
+        return False
+    return not _cannot_be(wanted[0], found[1]) and not _cannot_be(wanted[1], found[0])
 
 
 def _swappable(want: Part, have: fx.Node) -> bool:
@@ -404,21 +373,3 @@ def _base_dimension(dim: object) -> object:
 
 def _is_lead(value: object, name: str) -> bool:
     return isinstance(value, Symbolic) and value.text == name
-
-
-def _show(value: object) -> str:
-    if isinstance(value, Part):
-        return value.leaf or _target_name(value.target)
-    if isinstance(value, fx.Node):
-        return f"{g.op_name(value)} ({value.name})"
-    if isinstance(value, Symbolic):
-        return value.text
-    if isinstance(value, (Carried, Parameter)):
-        return value.name
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_show(v) for v in value)}]"
-    return repr(value)
-
-
-def _target_name(target: object) -> str:
-    return target._schema.name.replace("::", ".") if isinstance(target, torch._ops.OpOverload) else str(target)

@@ -1,4 +1,4 @@
-"""The options of `torch.compile(backend="graphopt", options={...})`, `optimize` and `enable`: plain, comparable values."""
+"""The options of `torch.compile(..., options={...})`, `optimize` and `enable`: plain, comparable values."""
 
 from __future__ import annotations
 

@@ -6,11 +6,12 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import ClassVar, Protocol
 
 from torch import fx
 
-from graphopt import flops
+from graphopt import flops, torch_private
 from graphopt import graph as g
 from graphopt.capture import Captured
 from graphopt.errors import GraphoptError, PipelineError, StrictError
@@ -79,12 +80,15 @@ class Pipeline:
             missing = step.requires - given
             if missing:
                 raise PipelineError(
-                    f"pass {index} ({step.name}) needs {', '.join(sorted(missing))}, which no earlier pass provides; "
-                    f"the passes before it provide {', '.join(sorted(given)) or 'nothing'}"
+                    f"pass {index} ({step.name}) needs {', '.join(sorted(missing))}, which no earlier pass "
+                    f"provides; the passes before it provide {', '.join(sorted(given)) or 'nothing'}"
                 )
             clash = step.conflicts & given
             if clash:
-                raise PipelineError(f"pass {index} ({step.name}) cannot run after a pass that provides {', '.join(sorted(clash))}")
+                raise PipelineError(
+                    f"pass {index} ({step.name}) cannot run after a pass that provides "
+                    f"{', '.join(sorted(clash))}; put it before"
+                )
             given |= step.provides
 
     @property
@@ -102,13 +106,16 @@ class Pipeline:
             raise PipelineError(f"exactness {exactness!r} is not one of {', '.join(EXACTNESS)}")
         for step in self.passes:
             if EXACTNESS.index(step.exactness) > EXACTNESS.index(exactness):
-                raise PipelineError(f"pass {step.name} is {step.exactness}, but the result has to be {exactness}; leave it out")
+                raise PipelineError(
+                    f"pass {step.name} is {step.exactness}, but the result has to be {exactness}; "
+                    "leave it out"
+                )
 
     def run(self, captured: Captured, ctx: Context | None = None) -> tuple[Captured, Report]:
         """Run all passes on a copy of the captured graph.
 
-        Where more than half of the graph's FLOPs are matrix products, convolutions or attention in ATen's words
-        and the recognising pass matched nothing at all, the report has a warning.
+        Where more than half of the graph's FLOPs are matrix products, convolutions or attention in ATen's
+        words and the recognising pass matched nothing at all, the report has a warning.
 
         Returns:
             the program with the new graph (called like the captured one), and the report.
@@ -118,13 +125,13 @@ class Pipeline:
             StrictError: under `ctx.strict`, instead of that warning.
         """
         if ctx is None:
-            from graphopt.defaults import context
-
-            ctx = context()
+            # By name: only a run without a context asks for the tables, and the core knows none of them.
+            ctx = import_module("graphopt.defaults").context()
+            assert isinstance(ctx, Context)
         listener, tally = ReportObserver(), _Tally()
         inner = copy.copy(ctx)
         inner.observers = (*ctx.observers, listener, tally)
-        gm = fx.GraphModule(captured.gm, g.copy_graph(captured.gm.graph))
+        gm = torch_private.lazy_module(captured.gm, g.copy_graph(captured.gm.graph))
         gm.meta.update(captured.gm.meta)
         before = g.fingerprint(gm.graph)
         for index, step in enumerate(self.passes):
@@ -184,7 +191,10 @@ def _missed(gm: fx.GraphModule, step: Pass, ctx: Context) -> None:
     if sum(shares.values()) <= MISSED:
         return
     work = ", ".join(f"{share:.0%} in {name}" for name, share in shares.items())
-    message = f"pass {step.name} matched nothing, though of the graph's FLOPs {work}; graphopt.explain shows near misses"
+    message = (
+        f"pass {step.name} matched nothing, though of the graph's FLOPs {work}; "
+        "graphopt.explain shows near misses"
+    )
     if ctx.strict:
         raise StrictError(message)
     emit(ctx.observers, Warned(message))

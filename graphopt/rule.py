@@ -23,7 +23,7 @@ from graphopt import graph as g
 from graphopt.errors import RuleError
 
 if TYPE_CHECKING:
-    from graphopt.match import Binding
+    from graphopt.binding import Binding
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Guard: TypeAlias = "Callable[[Binding], str | None]"
@@ -80,7 +80,6 @@ class Rule:
         carry: argument names of our ops that the pattern leaves open: whatever the model has there moves to the
             argument of that name in the replacement (`attention`'s masks while it swallows a repeat of k and v).
         guard: looks at a complete binding; returns None, or why the rule does not apply.
-        late: tried only when the other rules have settled, because its pattern is a part of a larger one.
     """
 
     pattern: Callable[..., object]
@@ -88,7 +87,6 @@ class Rule:
     specs: Mapping[str, Spec]
     carry: tuple[str, ...] = ()
     guard: Guard | None = None
-    late: bool = False
 
     @property
     def name(self) -> str:
@@ -116,7 +114,6 @@ def rule(
     *,
     carry: Sequence[str] = (),
     guard: Guard | None = None,
-    late: bool = False,
     **specs: Spec,
 ) -> Rule:
     """Make a rule. Nothing is traced yet: `variants` does that, on first use.
@@ -128,7 +125,7 @@ def rule(
     if set(names) != set(specs):
         raise RuleError(f"{pattern.__name__} takes {names}, but specs are given for {tuple(specs)}; name each once")
     ordered = {name: specs[name] for name in names}
-    return Rule(pattern, replacement, MappingProxyType(ordered), tuple(carry), guard, late)
+    return Rule(pattern, replacement, MappingProxyType(ordered), tuple(carry), guard)
 
 
 # --------------------------------------------------------------------------------------------- traced forms
@@ -170,7 +167,7 @@ class Part:
     kwargs: Mapping[str, object] = field(default_factory=dict)
     leaf: str = ""  # the parameter's name, for a leaf
     shape: tuple[object, ...] = ()  # a leaf's dimensions: ints, Symbolic, or (Symbolic, 1) where 1 fits, too
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | None = None  # of a leaf, or of a call's result where nothing that is carried decides it
     ellipsis: bool = False  # a leaf with any number of leading dimensions
     broadcast: bool = False  # whose leading dimensions may be 1 or absent
     name: str = ""
@@ -207,7 +204,7 @@ class Variant:
 
 
 def variants(rule: Rule, dtypes: Iterable[torch.dtype]) -> tuple[Variant, ...]:
-    """The rule's variants for a model that uses these float dtypes; equal ones once.
+    """The rule's variants for a model that uses these float dtypes; equal ones once, the longest first.
 
     Raises:
         RuleError: the pattern leaves no trace of a parameter, fixes a named dimension, or is no graph of calls.
@@ -220,7 +217,8 @@ def variants(rule: Rule, dtypes: Iterable[torch.dtype]) -> tuple[Variant, ...]:
             absent = tuple(n for n, gone in zip(optional, missing, strict=True) if gone)
             variant = _variant(rule, tuple(zip(variables, choice, strict=True)), absent)
             found.setdefault(_text(variant), variant)
-    return tuple(found.values())
+    # The longest first: a variant without the cast of a weight also fits where the cast is, and would leave it there.
+    return tuple(sorted(found.values(), key=lambda v: -len(v.pattern.parts)))
 
 
 @functools.cache

@@ -192,7 +192,8 @@ def _read(rule: Rule, gm: fx.GraphModule, leaves: Mapping[str, str]) -> Side:
             args = tuple(argument(a) for a in node.args)
             kwargs = {k: argument(v) for k, v in node.kwargs.items()}
             args, kwargs = _open(rule, node.target, args, kwargs)
-            parts[node] = Part(node.target, args, kwargs, name=node.name)
+            value = None if g.is_ours(node.target) else g.tensor(node)  # ours may carry what decides their dtype
+            parts[node] = Part(node.target, args, kwargs, dtype=None if value is None else value.dtype, name=node.name)
         else:
             raise RuleError(f"{rule.name}: a pattern may not hold a constant tensor ({node.name}); make it a parameter")
     raise RuleError(f"{rule.name}: the trace has no output")

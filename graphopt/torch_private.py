@@ -7,22 +7,31 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.fx.traceback
 from torch import fx
-from torch._dynamo.source import ConstantSource
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-__all__ = ["FakeTensor", "FakeTensorMode", "OpOverload", "ShapeEnv"]
+if TYPE_CHECKING:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+# Dynamo and the symbolic shapes (sympy) take 2 s to import: inside the functions that need them.
+
+__all__ = ["FakeTensor", "FakeTensorMode", "OpOverload", "TreeSpec", "tree_flatten", "tree_unflatten"]
 
 
 def new_fake_mode(*, symbolic: bool = False) -> FakeTensorMode:
     """A fake-tensor mode of our own; with `symbolic`, it can hold SymInts made by `symbolic_int`."""
-    return FakeTensorMode(shape_env=ShapeEnv() if symbolic else None, allow_non_fake_inputs=True)
+    if not symbolic:
+        return FakeTensorMode(allow_non_fake_inputs=True)
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
 def fake_mode_of(values: Sequence[object]) -> FakeTensorMode | None:
@@ -30,22 +39,34 @@ def fake_mode_of(values: Sequence[object]) -> FakeTensorMode | None:
     return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
 
 
+def faked(values: Sequence[object], mode: FakeTensorMode) -> list[object]:
+    """The values with every real tensor as a fake of the same sizes and strides; tensors that alias still alias."""
+    return [mode.from_tensor(v) if isinstance(v, torch.Tensor) and not isinstance(v, FakeTensor) else v for v in values]
+
+
 def symbolic_int(mode: FakeTensorMode, name: str, hint: int) -> torch.SymInt:
     """A fresh symbolic size. Not duck-shaped: two of the same hint stay different, 0 and 1 are not special."""
-    source = ConstantSource(name)
-    env = mode.shape_env
-    assert env is not None, "symbolic_int needs a mode made with symbolic=True"
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    env, source = _shape_env(mode), ConstantSource(name)
     symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
     return env.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[return-value]  # a SymInt for dynamic dims
 
 
 def symbolic_float(mode: FakeTensorMode, name: str, hint: float) -> torch.SymFloat:
     """A fresh symbolic float, as Dynamo makes one of a Python float under `dynamic=True`."""
-    source = ConstantSource(name)
-    env = mode.shape_env
-    assert env is not None, "symbolic_float needs a mode made with symbolic=True"
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    env, source = _shape_env(mode), ConstantSource(name)
     symbol = env.create_unspecified_symbol(hint, source, DimDynamic.DYNAMIC)
     return env.create_symfloatnode(symbol, hint=hint, source=source)  # type: ignore[return-value]  # as above
+
+
+def _shape_env(mode: FakeTensorMode) -> ShapeEnv:
+    assert mode.shape_env is not None, "a symbolic number needs a mode made with symbolic=True"
+    return mode.shape_env
 
 
 def raw_expression(size: object) -> object:
@@ -64,11 +85,13 @@ def equalities(mode: FakeTensorMode) -> tuple[object, ...]:
 def trace(function: Callable[..., object], fakes: Sequence[object], mode: FakeTensorMode) -> fx.GraphModule:
     """Record the pre-dispatch ATen calls of a function on fake tensors, keeping each Dynamo node's metadata.
 
-    The one trace behind every door: Dynamo graphs, exported programs and patterns all come through here.
+    The one trace behind every door: Dynamo graphs, exported programs and patterns all come through here. Gradients
+    are off: an in-place write to a parameter would be an error otherwise.
     """
     context = torch._guards.TracingContext.try_get()
-    own = context is not None and context.fake_mode is not mode  # a pattern, traced while Dynamo compiles a model
-    with torch._guards.tracing(None) if own else contextlib.nullcontext(), mode, torch.fx.traceback.preserve_node_meta():
+    apart = context is not None and context.fake_mode is not mode  # a pattern, traced while Dynamo compiles a model
+    outer = torch._guards.tracing(None) if apart else contextlib.nullcontext()
+    with outer, mode, torch.no_grad(), torch.fx.traceback.preserve_node_meta():
         return make_fx(function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
 
 
@@ -130,20 +153,21 @@ def recompile_limit_reached() -> str:
     if done is None or done + 1 != limit:  # beyond it, torch counts by object (self, a closure) and goes on
         return ""
     return (
-        f"this is compilation {done + 1} of {limit} of one function: from the next new shape on, torch runs it eagerly; "
-        "compile with dynamic=True, or raise torch._dynamo.config.recompile_limit"
+        f"this is compilation {done + 1} of {limit} of one function: from the next new shape on, torch runs it "
+        "eagerly; compile with dynamic=True, or raise torch._dynamo.config.recompile_limit"
     )
 
 
 def outputs_need_gradients(gm: fx.GraphModule) -> bool:
     """Whether any computed output of a Dynamo graph requires grad.
 
-    Judged by example values, so that `no_grad` and `enable_grad` inside count. A parameter that is returned as it came
-    was not computed.
+    Judged by example values, so that `no_grad` and `enable_grad` inside count. A parameter that is returned as
+    it came was not computed; under `no_grad`, a view of one says that it requires grad and has no `grad_fn`.
     """
     output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     values = [n.meta.get("example_value") for n in output.all_input_nodes if n.op != "placeholder"]
-    return any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
+    needing = [v for v in values if isinstance(v, torch.Tensor) and v.requires_grad]
+    return any(torch.is_grad_enabled() or v.grad_fn is not None for v in needing)
 
 
 def inductor(gm: fx.GraphModule, examples: Sequence[object]) -> Callable[..., object]:
@@ -175,8 +199,25 @@ def specialise(value: torch.SymFloat, number: float) -> None:
         raise RuntimeError(f"{value} is {float(value)}, not {number}")
 
 
+def lazy_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A GraphModule whose `recompile` only marks it: its code is generated when it is called, printed or asked for.
+
+    Passes may recompile after each edit then; generating the code of 1000 nodes takes 25 ms.
+    """
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    return _LazyGraphModule(root, graph)
+
+
+def compile_now(gm: fx.GraphModule) -> None:
+    """Generate a lazy module's code now, so that `gm.forward` is the real one."""
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    _LazyGraphModule.force_recompile(gm)
+
+
 def learn_equal(a: object, b: object) -> bool:
-    """Tell the shape environment that two sizes are equal, as a guard; for what an operator requires but never checks."""
+    """Tell the shape environment that two sizes are equal, as a guard: what an operator requires but never checks."""
     if not isinstance(a, torch.SymInt) and not isinstance(b, torch.SymInt):
         return a == b
     return bool(a == b)

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from graphopt import graph as g
+from graphopt import torch_private
 from graphopt.listing import listing
 from graphopt.lowering.direct import call_directly
 from graphopt.lowering.fold import fold, shift_norm_weights
@@ -63,6 +64,7 @@ class Lowered:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
+        torch_private.compile_now(gm)
         self._forward = gm.forward  # past nn.Module.__call__: 2 us
 
     def __call__(self, *args: object) -> object:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphopt import graph as g
 from graphopt import ops
-from graphopt.match import Binding
+from graphopt.binding import Binding
 from graphopt.rule import Float, T, rule
 
 aten = torch.ops.aten

@@ -106,7 +106,7 @@ RULES = (
         weight=T("n", "W"),
         eps=_EPS,
     ),
-    rule(bare_rms_norm, lambda x, eps: ops.rms_norm(x, None, eps), x=T("... n"), eps=_EPS, late=True),
+    rule(bare_rms_norm, lambda x, eps: ops.rms_norm(x, None, eps), x=T("... n"), eps=_EPS),
     *(
         rule(
             hand_written,

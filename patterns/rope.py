@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from graphopt import ops
-from graphopt.match import Binding
+from graphopt.binding import Binding
 from graphopt.rule import Int, T, rule
 
 

@@ -1,4 +1,4 @@
-"""One small attention block with sibling projections, for tests that need weights to merge and no whole model."""
+"""One small attention block with sibling projections, for tests that need weights to merge."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MERGED = 2  # weights that one block has prepared: Q, K, V in one and gate, up i
 
 
 class Block(nn.Module):
-    """x [batch, length, 20] -> x + attention(x) and then an MLP: 5 heads of 4; `breaks` puts a graph break inside."""
+    """x [batch, length, 20] -> x + attention(x), then an MLP; 5 heads of 4; `breaks` adds a graph break."""
 
     def __init__(self, seed: int = 0, breaks: bool = False, layer: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()

@@ -12,7 +12,6 @@ import torch
 from torch import fx
 
 from graphopt import graph as g
-from graphopt import ops
 from graphopt.rewrite import fake_result
 
 aten = torch.ops.aten
@@ -32,7 +31,6 @@ SIBLINGS: dict[object, tuple[object, ...]] = {
     aten.relu.default: (aten.silu.default,),
     aten.mean.dim: (aten.sum.dim_IntList,),
     aten.softmax.int: (aten.log_softmax.int,),
-    ops.add_rms_norm.overload: (),
 }
 
 
@@ -83,7 +81,7 @@ def _literals(node: fx.Node) -> Iterator[Change]:
                 yield f"{path} = {other}", _setter(path, other)
         elif isinstance(value, torch.dtype):
             yield f"{path} = float16", _setter(path, torch.float16)
-        elif isinstance(value, list):
+        elif isinstance(value, list) and not any(isinstance(v, fx.Node) for v in value):
             for j in range(len(value) - 1):
                 swapped = [*value[:j], value[j + 1], value[j], *value[j + 2 :]]
                 yield f"{path} = {swapped}", _setter(path, swapped)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from graphopt import graph as g
 from graphopt.capture import capture
 from graphopt.defaults import RULES
-from graphopt.match import evaluate
+from graphopt.binding import evaluate
 from graphopt.observe import Event, Matched, Refused
 from graphopt.passes.canonicalize import canonicalize
 from graphopt.rewrite import Match, Refusal, Rewriter
@@ -282,6 +282,7 @@ def rewritten(
     copy, watch = fx.GraphModule(gm, g.copy_graph(gm.graph)), Watch()
     copy.meta.update(gm.meta)
     Rewriter(copy, tuple(rules), (watch,), deny, fuel).run()
+    copy.recompile()
     return copy, watch
 
 

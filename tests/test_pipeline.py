@@ -99,14 +99,14 @@ def test_the_documented_call_gives_a_program_and_a_report() -> None:
     captured = graphopt.capture(model, x)
     before = str(captured.gm.graph)
     program, report = Pipeline((Canonicalize(), Recognise(), Merge(), Lower())).run(captured)
-    agree(program(x), model(x))  # type: ignore[arg-type]  # a tensor
+    agree(program(x), model(x))
     assert str(captured.gm.graph) == before, "the captured program was edited"
-    agree(captured(x), model(x))  # type: ignore[arg-type]  # a tensor
+    agree(captured(x), model(x))
     assert report.counts["attention"] == 1 and report.counts["linear"] == 7
     assert [p.name for p in report.passes] == ["canonicalize", "recognise", "merge", "lower"]
     assert all(p.changed and p.seconds > 0 for p in report.passes) and not report.warnings
     model.k.weight.mul_(2)
-    agree(program(x), model(x))  # type: ignore[arg-type]  # a tensor
+    agree(program(x), model(x))
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
@@ -118,7 +118,7 @@ def test_every_step_is_a_runnable_program(name: str) -> None:
         eager = model(**given).logits[given["attention_mask"].bool()]
         for upto in range(len(defaults.PIPELINE) + 1):
             program, _ = Pipeline(defaults.PIPELINE[:upto]).run(captured)
-            logits = program(**given).logits[given["attention_mask"].bool()]  # type: ignore[attr-defined]
+            logits = program(**given).logits[given["attention_mask"].bool()]
             torch.testing.assert_close(logits, eager, rtol=1e-4, atol=1e-5, msg=f"after {upto} passes")
 
 
@@ -128,7 +128,7 @@ def test_the_same_captured_program_may_be_run_again() -> None:
     first, _ = defaults.pipeline().run(captured)
     second, _ = defaults.pipeline().run(captured)
     assert str(first.gm.graph) == str(second.gm.graph)
-    agree(second(x), first(x))  # type: ignore[arg-type]  # tensors
+    agree(second(x), first(x))
 
 
 def test_the_context_is_the_default_one_unless_given() -> None:
@@ -144,7 +144,7 @@ def test_fuel_and_deny_limit_what_is_rewritten_and_leave_the_context_alone() -> 
     ctx = dataclasses.replace(defaults.context(), fuel=2)
     program, report = defaults.pipeline().run(captured, ctx)
     assert len(report.matches) == 2 and ctx.fuel == 2 and ctx.observers == ()
-    agree(program(x), model(x))  # type: ignore[arg-type]  # a tensor
+    agree(program(x), model(x))
     _, whole = defaults.pipeline().run(captured)
     denied = whole.matches[0].id
     _, report = defaults.pipeline().run(
@@ -258,7 +258,7 @@ def test_heavy_work_without_a_match_warns_and_raises_under_strict() -> None:
     (warning,) = report.warnings
     assert "recognise matched nothing, though of the graph's FLOPs 100% in aten.einsum" in warning
     assert [e.message for e in listener.events if isinstance(e, Warned)] == [warning]
-    agree(program(example()), products(example()))  # type: ignore[arg-type]  # a tensor
+    agree(program(example()), products(example()))
     with pytest.raises(StrictError, match="recognise matched nothing"):
         defaults.pipeline().run(captured, dataclasses.replace(defaults.context(), strict=True))
 
@@ -294,5 +294,5 @@ def test_a_pass_of_ones_own_fits_in() -> None:
     program, report = Pipeline((Canonicalize(), Negate(), Recognise(), Merge(), Lower())).run(
         graphopt.capture(model, x)
     )
-    agree(program(x), model(x))  # type: ignore[arg-type]  # a tensor
+    agree(program(x), model(x))
     assert report.counts["aten.neg"] == 2

@@ -6,15 +6,20 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphopt.accuracy import HALF, judge, raise_to_fp64
 from graphopt.rule import Rule, Variant, variants
 from graphopt import graph as g
 from graphopt.defaults import RULES
+from graphopt.match import VIEWS
+from tests.mutations import mutants, read_outside
 from tests.rule_cases import (
     DTYPES,
     EQUATIONS,
+    SQUARE,
+    TIDY,
+    Point,
     arguments,
     canonical,
     carried,
@@ -134,3 +139,56 @@ def test_fires_on_its_own_pattern(rule: Rule, dtype: torch.dtype) -> None:
             for triple in zip(exact, eager, whole(*inputs), strict=True):
                 agree(*triple, dtype, label)
             assert not rewritten(whole, RULES)[1].matches
+
+
+# ------------------------------------------------------------------------------------------------- refusing
+
+
+def numbers(gm: fx.GraphModule, inputs: list[Tensor]) -> list[Tensor]:
+    """A graph's results in fp64, where rounding hides nothing."""
+    return [x for x in raise_to_fp64(gm)(*inputs) if isinstance(x, Tensor)]
+
+
+@by_rule
+def test_no_mutant_of_the_pattern_becomes_something_else(rule: Rule) -> None:
+    """Wherever a rule, or the whole table, fires on a mutant of the pattern, the mutant's numbers and dtypes stay."""
+    refused = 0
+    for sizes, dtype in ((SQUARE, torch.float32), (TIDY, torch.float32), (SQUARE, torch.bfloat16)):
+        at = Point(sizes, lead=(4,), dtypes=dict.fromkeys(rule.dtype_variables(), dtype))
+        model, inputs = pattern_of(rule, arguments(rule, at))
+        gm = canonical(model, *inputs)
+        for label, mutant in mutants(gm):
+            try:
+                expected = numbers(mutant, inputs)
+            except (RuntimeError, ValueError, IndexError):
+                continue  # runs on abstract values alone: an index out of range
+            for rules in ((rule,), RULES):
+                after, seen = rewritten(mutant, rules)
+                refused += not seen.matches
+                for want, have in zip(expected, numbers(after, inputs), strict=True):
+                    worst = f"{label}\n{mutant.graph}\n{after.graph}"
+                    torch.testing.assert_close(have, want, rtol=1e-9, atol=1e-9, equal_nan=True, msg=worst)
+                for want_value, have_value in zip(_returned(mutant), _returned(after), strict=True):
+                    assert want_value == have_value, label
+    assert refused > 4
+
+
+def _returned(gm: fx.GraphModule) -> list[object]:
+    """Shape and dtype of what a graph returns."""
+    return [(tuple(g.shape(n)), g.dtype(n)) for n in g.output_node(gm.graph).all_input_nodes]
+
+
+@by_rule
+def test_inner_values_that_are_read_outside_stay(rule: Rule) -> None:
+    """An inner value with another reader refuses the match by name; a view is free to be computed twice."""
+    model, inputs = pattern_of(rule, arguments(rule, Point(TIDY)))
+    before = canonical(model, *inputs)
+    anchor = rewritten(before, (rule,))[1].matches[0].nodes[0]  # a guard may want readers around it
+    for inner, mutant in read_outside(before):
+        after, seen = rewritten(mutant, (rule,))
+        for want, have in zip(mutant(*inputs), after(*inputs), strict=True):
+            close(have, want, torch.float32)
+        if inner.target in VIEWS or inner.name == anchor:
+            continue
+        assert not seen.matches, f"{inner} is also returned"
+        assert any(r.reason == f"{inner} is also used by output" for r in seen.refusals), seen.refusals

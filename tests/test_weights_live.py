@@ -1,4 +1,4 @@
-"""Weights that change after compile: merged Q, K, V must show it in the next call, and each set is prepared once."""
+"""Weights that change after compile: merged Q, K, V show it in the next call; each set is prepared once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def fresh() -> Iterator[None]:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    return torch.compile(model, backend="graphopt", options={"strict": True})  # type: ignore[return-value]
+    return torch.compile(model, backend="graphopt", options={"strict": True})
 
 
 def test_weights_are_prepared_at_the_first_call_and_not_again() -> None:

@@ -6,8 +6,9 @@ no-ops and dead calls go. Patterns are canonicalised by this same pass, else not
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,9 +16,10 @@ import torch
 from torch import fx
 
 from graphopt import graph as g
-from graphopt.aliasing import root, storage, written_arguments
+from graphopt.aliasing import root, storage, viewed
+from graphopt.errors import CaptureRefused
 from graphopt.passes.functionalize import functionalize
-from graphopt.passes.spellings import SPELLINGS, Pieces, Result
+from graphopt.passes.spellings import SPELLINGS, Result
 
 if TYPE_CHECKING:
     from graphopt.pipeline import Context
@@ -30,6 +32,20 @@ STRIDE_SENSITIVE = frozenset(
 )
 # Factories that may be merged after all: nobody writes to an arange, and a mask needs one for each side.
 MERGED_FACTORIES = frozenset({aten.arange.default, aten.arange.start, aten.arange.start_step})
+
+# Calls that only lay out memory: dropped, but for the memory of an output that is not dense.
+LAYOUTS = frozenset({aten.clone.default, aten.contiguous.default, aten._to_copy.default})
+# sympy's names of what sizes are made with -> on numbers.
+ARITHMETIC: dict[str, Callable[..., object]] = {
+    "Add": operator.add,
+    "Mul": operator.mul,
+    "Pow": operator.pow,
+    "FloorDiv": operator.floordiv,
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+    "Max": torch.sym_max,
+    "Min": torch.sym_min,
+}
 
 
 @dataclass(frozen=True)
@@ -56,12 +72,12 @@ def canonicalize(gm: fx.GraphModule) -> None:
     source = functionalize(gm)
     if "output_strides" not in gm.meta:
         gm.meta["output_strides"] = tuple(dim_order(v) for v in _output_values(gm.graph))
+    _keep_sparse_outputs(source.graph)
     speller = Speller(keep_layout=any(g.is_call(n, *STRIDE_SENSITIVE) for n in source.graph.nodes))
     for node in source.graph.nodes:
         speller.visit(node)
     gm.graph = speller.graph
     g.eliminate_dead_code(gm.graph)
-    gm.graph.lint()
     gm.recompile()
 
 
@@ -74,6 +90,8 @@ class Speller:
     env: dict[fx.Node, Result] = field(default_factory=dict)
     known: dict[object, fx.Node] = field(default_factory=dict)  # what has been computed: common subexpressions
     sizes_known: dict[object, fx.Node] = field(default_factory=dict)  # symbolic expression -> the node that holds it
+    written: list[fx.Node] = field(default_factory=list)  # inputs that have been written back
+    first_write: fx.Node | None = None
 
     # ------------------------------------------------------------------------------------------- the walk
 
@@ -90,6 +108,8 @@ class Speller:
     def call(self, node: fx.Node) -> Result:
         """A call on tensors: by its row of the table, else with its arguments filled in."""
         args, kwargs = self.arguments(node)
+        if node.target is aten.copy_.default and args[0].op == "placeholder":
+            return self.write_back(node, *args[:2])
         spelling = SPELLINGS.get(node.target)
         if spelling is None or self.kept(node):
             return self.generic(node, args, kwargs)
@@ -99,7 +119,7 @@ class Speller:
         """Whether a copy must stay a copy: functionalization needs it, or something depends on strides."""
         if node.meta.get("keep"):
             return True
-        return self.keep_layout and node.target in (aten.clone.default, aten.contiguous.default, aten._to_copy.default)
+        return self.keep_layout and node.target in LAYOUTS
 
     def size(self, new: fx.Node) -> Result:
         """An input or a size: one node for each symbolic expression, a literal where it is constant."""
@@ -120,6 +140,8 @@ class Speller:
 
     def write_back(self, node: fx.Node, entry: fx.Node, value: fx.Node) -> fx.Node:
         """copy_(input, value): the value may not be (a view of) an input that is written before, or of this one."""
+        if root(value) in (*self.written, entry):
+            value = self.private(value, node)
         new = self.emit(aten.copy_.default, (entry, value, False), {}, g.val(node), node)
         self.first_write = self.first_write or new
         self.written.append(entry)
@@ -191,7 +213,7 @@ class Speller:
             found = self.known.get(key)
             if found is not None:
                 return found
-        new = self.graph.create_node("call_function", target, args, kwargs, name=g.base_name(target))  # type: ignore[arg-type]
+        new = self.graph.create_node("call_function", target, args, kwargs, name=like.name)  # type: ignore[arg-type]
         g.copy_provenance(new, like)
         g.set_val(new, value)
         if keep:
@@ -244,12 +266,6 @@ class Speller:
             value = old.new_empty(old.shape, dtype=dtype)
         return self.emit(aten.to.dtype, (x, dtype, False, False, None), {}, value, like)
 
-    def scaled(self, y: object, alpha: object, like: fx.Node) -> object:
-        """alpha * y, for add and sub with an alpha."""
-        if isinstance(y, fx.Node):
-            return self.emit(aten.mul.Tensor, (y, alpha), {}, g.val(y), like)
-        return alpha * y  # type: ignore[operator]  # two numbers
-
     def sizes(self, shape: Sequence[g.Size]) -> list[object]:
         """A shape as arguments: literals, and for symbolic sizes the node that holds the expression."""
         return [self.size_argument(g.expression(size), size) for size in shape]
@@ -261,30 +277,31 @@ class Speller:
         if expr in self.sizes_known:
             return self.sizes_known[expr]
         for node in self.graph.nodes:
-            if not g.is_tensor(node):
-                continue
-            for i, have in enumerate(g.shape(node)):
+            for i, have in enumerate(g.shape(node) if g.is_tensor(node) else ()):
                 if g.expression(have) == expr:
                     new = self.graph.create_node("call_function", aten.sym_size.int, (node, i))
-                    g.set_val(new, size)
+                    g.set_val(new, have)
                     return self.sizes_known.setdefault(expr, new)
         return self.arithmetic(expr, size)
 
     def arithmetic(self, expr: object, size: object) -> fx.Node:
-        """A symbolic size that no tensor has yet, computed from its parts: `s0 * 4`, `s0 + s1`, `s0 // 2`."""
-        import sympy
+        """A symbolic size that no tensor has yet, computed from its parts: `s0 * 4`, `s0 + s1`, `s0 // 2`.
 
-        assert isinstance(expr, sympy.Expr)
+        Raises:
+            CaptureRefused: it is made by arithmetic that is not known here.
+        """
         name = type(expr).__name__
-        function = {"Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv, "Mod": operator.mod}.get(name)
-        if function is None:
-            raise ValueError(f"the size {expr} has no node and no known arithmetic ({name})")
-        parts = [self.size_argument(g.expression(a) if not a.is_Integer else int(a), None) for a in expr.args]
+        if name not in ARITHMETIC:
+            raise CaptureRefused(f"the size {expr} has no node and no known arithmetic ({name})")
+        parts = [self.size_argument(g.plain(a), None) for a in expr.args]  # type: ignore[attr-defined]  # a sympy expression
         result = parts[0]
         for part in parts[1:]:
-            result = self.graph.create_node("call_function", function, (result, part))
+            new = self.graph.create_node("call_function", ARITHMETIC[name], (result, part))  # type: ignore[arg-type]  # numbers
+            g.set_val(new, ARITHMETIC[name](g.operand(result), g.operand(part)))
+            result = new
         assert isinstance(result, fx.Node)
-        g.set_val(result, size)
+        if size is not None:
+            g.set_val(result, size)
         return self.sizes_known.setdefault(expr, result)
 
 
@@ -303,6 +320,18 @@ def dim_order(value: object) -> tuple[int, ...] | None:
             return None
         expected *= sizes[d]  # type: ignore[operator]  # as above
     return tuple(order)
+
+
+def _keep_sparse_outputs(graph: fx.Graph) -> None:
+    """Mark the copy below a returned view that is not dense: no order of dimensions says its strides."""
+    for node in g.output_node(graph).all_input_nodes:
+        if not g.is_tensor(node) or dim_order(g.val(node)) is not None:
+            continue
+        below: fx.Node | None = node
+        while below is not None and below.target not in LAYOUTS:
+            below = viewed(below)
+        if below is not None:
+            below.meta["keep"] = True
 
 
 def _hint(size: g.Size) -> int | None:
@@ -331,14 +360,6 @@ def _mergeable(target: object) -> bool:
         and not g.is_factory(target)
         and bool(target._schema.returns)
     )
-
-
-def _root(node: fx.Node) -> fx.Node:
-    """What a value may be a view of: the first node behind reshapes, permutes, slices, selects and expands."""
-    views = (aten.reshape.default, aten.permute.default, aten.slice.Tensor, aten.select.int, aten.expand.default)
-    while g.is_call(node, *views):
-        node = node.args[0]  # type: ignore[assignment]  # a view's first argument is a node
-    return node
 
 
 def _map(argument: object, env: dict[fx.Node, Result]) -> object:

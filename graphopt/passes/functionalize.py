@@ -143,12 +143,11 @@ class _Functionalizer:
     def pure(self, functional: OpOverload, node: fx.Node, target: fx.Node) -> fx.Node:
         """add_(x, y) -> add(x, y), cast back to x's dtype where the pure op promotes."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.read)
-        result = self.fake(functional, node)
+        result, wanted = self.fake(functional, node), g.dtype(target)
+        if result.dtype == wanted:  # its abstract value is the target's: in eager, they are one memory
+            return self.emit(functional, args, g.val(target), node, kwargs)
         value = self.emit(functional, args, result, node, kwargs)
-        wanted = g.dtype(target)
-        if result.dtype == wanted:
-            return value
-        return self.emit(aten.to.dtype, (value, wanted), result.new_empty(result.shape, dtype=wanted), node)
+        return self.emit(aten.to.dtype, (value, wanted), g.val(target), node)
 
     def on_copies(self, node: fx.Node, targets: tuple[fx.Node, ...]) -> None:
         """Run a writing operator on copies that nobody else sees: op_(x, y) -> private = clone(x); op_(private, y)."""
@@ -156,9 +155,7 @@ class _Functionalizer:
             raise CaptureRefused(f"{node.target} writes two arguments that share memory ({_where(node)})")
         private: dict[fx.Node, fx.Node] = {}
         for target in targets:
-            copy = self.emit(aten.clone.default, (self.read(target),), g.val(target), node)
-            copy.meta["keep"] = True
-            private[target] = copy
+            private[target] = self.copy(self.read(target), target)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: private.get(n) or self.read(n))
         new = self.emit(node.target, args, g.val(node), node, kwargs)
         for target, copy in private.items():
@@ -224,11 +221,12 @@ class _Functionalizer:
         An output that aliases something written is regenerated as a view of it: of the written-back input, or of
         the newest value of an intermediate, so that outputs share memory as they did.
         """
-        memories = [m for m in self.memories.values() if m.version]
-        written = [m for m in memories if m.base.op == "placeholder"]
-        for memory in memories:
+        changed = [m for m in self.memories.values() if m.version]
+        written = [m for m in changed if m.base.op == "placeholder" and m.newest is not self.entry[m.base]]
+        for memory in changed:
             memory.version += 1  # every view of it is made again
         results = [n for n in output.all_input_nodes if self.memory(n) not in written]
+        self.keep_apart([m for n in results if (m := self.memory(n)) is not None])
         entries = {self.entry[m.base] for m in written}
         # What is written elsewhere or returned must not change when the inputs are written.
         fixed = {n: self.protected(self.read(n), entries) for n in results}
@@ -237,16 +235,30 @@ class _Functionalizer:
             args = (self.entry[memory.base], value, False)
             memory.newest = self.emit(aten.copy_.default, args, g.val(memory.base), memory.base)
             memory.version += 1
-        new = self.out.create_node("output", "output", fx.node.map_arg(output.args, lambda n: fixed.get(n) or self.read(n)))
+        new = self.out.create_node(
+            "output", "output", fx.node.map_arg(output.args, lambda n: fixed.get(n) or self.read(n))
+        )
         new.meta.update(output.meta)
+
+    def keep_apart(self, returned: list[_Memory]) -> None:
+        """y = empty(…); y.copy_(x); return y: what was memory of its own in the original stays so."""
+        owners = {self.entry[m.base]: m for m in self.memories.values() if m.base.op == "placeholder"}
+        for memory in self.memories.values():
+            if not memory.version:
+                owners.setdefault(root(memory.newest), memory)
+        for memory in returned:
+            if memory.version and owners.setdefault(root(memory.newest), memory) is not memory:
+                memory.newest = self.copy(memory.newest, memory.base)
+
+    def copy(self, value: fx.Node, like: fx.Node) -> fx.Node:
+        """A clone that stays one."""
+        new = self.emit(aten.clone.default, (value,), g.val(like), like)
+        new.meta["keep"] = True
+        return new
 
     def protected(self, value: fx.Node, entries: set[fx.Node]) -> fx.Node:
         """A copy of a value that may be (a view of) an input about to be written; any other value as it is."""
-        if root(value) not in entries:
-            return value
-        copy = self.emit(aten.clone.default, (value,), g.val(value), value)
-        copy.meta["keep"] = True
-        return copy
+        return self.copy(value, value) if root(value) in entries else value
 
 
 def _where(node: fx.Node) -> str:

@@ -16,7 +16,7 @@ RULE = "mask"
 
 
 def read_masks(gm: fx.GraphModule, observers: Sequence[Observer], deny: frozenset[str]) -> int:
-    """Classify the mask of every attention and move what is certain into arguments; returns how many were read.
+    """Classify the mask of every attention and move what is certain into arguments; returns how many were read. The caller recompiles.
 
     A mask that layers share is classified, proved and rebuilt once.
     """
@@ -44,7 +44,6 @@ def read_masks(gm: fx.GraphModule, observers: Sequence[Observer], deny: frozense
         emit(observers, Matched(found))
     if read:
         g.eliminate_dead_code(gm.graph)
-        gm.recompile()
     return read
 
 

@@ -53,7 +53,6 @@ class Merge:
             siblings = sorted((u for u in x.users if is_linear_of(u, x)), key=merger.order.__getitem__)
             if len(siblings) > 1:
                 merger.merge(siblings)
-        gm.graph.lint()
         gm.recompile()
 
 

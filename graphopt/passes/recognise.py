@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Recognise:
     """softmax(q @ k^T * s + mask) @ v -> attention(q, k, v, s, causal=…), and so on for every rule of the context.
 
-    Rules run to a fixpoint; those marked `late` (part of a larger pattern) join when the others have settled.
+    Rules run to a fixpoint; of two matches of which one contains the other, the larger is taken.
     """
 
     name: ClassVar[str] = "recognise"
@@ -29,9 +29,8 @@ class Recognise:
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> None:
         """Edit `gm` in place."""
-        early = tuple(r for r in ctx.rules if not getattr(r, "late", False))
-        for rules in (early, ctx.rules) if len(early) < len(ctx.rules) else (early,):
-            rewriter = Rewriter(gm, rules, tuple(ctx.observers), ctx.deny, ctx.fuel)
-            rewriter.run()
-            ctx.fuel = rewriter.fuel
+        rewriter = Rewriter(gm, ctx.rules, tuple(ctx.observers), ctx.deny, ctx.fuel)
+        rewriter.run()
+        ctx.fuel = rewriter.fuel
         read_masks(gm, ctx.observers, ctx.deny)
+        gm.recompile()

@@ -6,6 +6,7 @@ in) and returns the canonical node. Everything here is exact: a spelling that ch
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
@@ -15,6 +16,7 @@ from torch import fx
 
 from graphopt import graph as g
 from graphopt import torch_private
+from graphopt.passes.views import EXPANDS, PERMUTATIONS, RESHAPES, overloads
 
 if TYPE_CHECKING:
     from graphopt.passes.canonicalize import Speller
@@ -41,28 +43,11 @@ def reshape(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -
     return s.reshape(args[0], g.val(node), node)
 
 
-def permute(dims_of: Callable[[int, tuple], Sequence[int]]) -> Spelling:
+def permute(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
     """transpose, t, mT, movedim … -> permute(x, [dims]); permutations compose, the identity goes."""
-
-    def spell(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-        return s.permute(args[0], [d % max(g.rank(args[0]), 1) for d in dims_of(g.rank(args[0]), args)], g.val(node), node)
-
-    return spell
-
-
-def _swapped(rank: int, a: int, b: int) -> list[int]:
-    dims = list(range(rank))
-    if rank:
-        dims[a], dims[b] = dims[b], dims[a]
-    return dims
-
-
-def _moved(rank: int, args: tuple) -> list[int]:
-    sources = [args[1]] if isinstance(args[1], int) else list(args[1])
-    targets = [args[2]] if isinstance(args[2], int) else list(args[2])
-    place = {t % rank: s % rank for s, t in zip(sources, targets, strict=True)}
-    rest = iter(d for d in range(rank) if d not in set(place.values()))
-    return [place[i] if i in place else next(rest) for i in range(rank)]
+    rank = g.rank(args[0])
+    dims = PERMUTATIONS[node.target](rank, args)  # type: ignore[index]  # the row's own overloads
+    return s.permute(args[0], [d % max(rank, 1) for d in dims], g.val(node), node)
 
 
 def expand(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
@@ -158,28 +143,47 @@ def _known(x: object) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
+def _times(y: object, alpha: object, value: object) -> tuple[object, bool]:
+    """alpha * y and whether it is exact: eager multiplies and adds with one rounding, which two calls do not."""
+    if alpha == 1:
+        return y, True
+    if not _known(alpha) or not _known(y) or not isinstance(value, torch.Tensor) or value.is_floating_point():
+        return y, False
+    return alpha * y, True  # type: ignore[operator]  # numbers
+
+
+def _unchanged(x: object, value: object) -> bool:
+    return g.is_tensor(x) and isinstance(value, torch.Tensor) and g.dtype(x) == value.dtype  # type: ignore[arg-type]  # a node
+
+
+def _zero(y: object) -> bool:
+    """Whether a literal is 0 or +0.0: x - 0.0 is x, bit for bit; x - -0.0 is not."""
+    return _known(y) and y == 0 and math.copysign(1, y) > 0  # type: ignore[arg-type]  # a number
+
+
 def add(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """add(x, y, alpha) -> add(x, alpha * y); adding an integer 0 goes"""
+    """add(x, 2, alpha=3) -> add(x, 6) on integers; adding an integer 0 to integers goes; alpha=-1 -> sub"""
     x, y = args[:2]
-    alpha = kwargs.get("alpha", args[2] if len(args) > 2 else 1)
-    if alpha != 1:
-        y = s.scaled(y, alpha, node)
-    value = g.val(node)
-    unchanged = g.is_tensor(x) and isinstance(value, torch.Tensor) and g.dtype(x) == value.dtype
-    if y == 0 and _known(y) and unchanged and not value.is_floating_point():  # type: ignore[union-attr]  # -0.0 + 0 is 0.0
+    value, alpha = g.val(node), kwargs.get("alpha", args[2] if len(args) > 2 else 1)
+    assert isinstance(value, torch.Tensor)
+    y, exact = _times(y, alpha, value)
+    if not exact and alpha == -1:
+        return sub(s, node, (x, y), {"alpha": 1})
+    if _zero(y) and _unchanged(x, value) and not value.is_floating_point():  # -0.0 + 0 is 0.0
         return x
-    return s.emit(aten.add.Tensor, (x, y), {"alpha": 1}, value, node)
+    return s.emit(aten.add.Tensor, (x, y), {"alpha": 1 if exact else alpha}, value, node)
 
 
 def sub(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """sub(x, 3) -> add(x, -3); sub(x, y, alpha) -> sub(x, alpha * y)"""
+    """sub(x, 3) -> add(x, -3); sub(x, 0) -> x"""
     x, y = args[:2]
-    alpha = kwargs.get("alpha", args[2] if len(args) > 2 else 1)
-    if _known(y) and _known(alpha):
-        return add(s, node, (x, -alpha * y), {"alpha": 1})
-    if alpha != 1:
-        y = s.scaled(y, alpha, node)
-    return s.emit(aten.sub.Tensor, (x, y), {"alpha": 1}, g.val(node), node)
+    value, alpha = g.val(node), kwargs.get("alpha", args[2] if len(args) > 2 else 1)
+    y, exact = _times(y, alpha, value)
+    if exact and _zero(y) and _unchanged(x, value):
+        return x
+    if exact and _known(y) and g.dtype(node).is_signed:
+        return s.emit(aten.add.Tensor, (x, -y), {"alpha": 1}, value, node)  # type: ignore[operator]  # a number
+    return s.emit(aten.sub.Tensor, (x, y), {"alpha": 1 if exact else alpha}, value, node)
 
 
 def rsub(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
@@ -197,7 +201,7 @@ def rsub(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> R
 def mul(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
     """mul(x, x) -> pow(x, 2); times 1 goes"""
     x, y = args[:2]
-    if x is y:
+    if x is y and g.dtype(x) != torch.bool:  # a power of booleans is an integer
         return s.emit(aten.pow.Tensor_Scalar, (x, 2), {}, g.val(node), node)
     if _known(y) and y == 1 and g.is_tensor(x) and g.dtype(x) == g.dtype(node):
         return x
@@ -280,6 +284,8 @@ def cat(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Re
     """cat([x, empty], dim) -> x: an empty cache of shape [0] is what a first DynamicCache call concatenates"""
     tensors, dim = args
     kept = [t for t in tensors if not (g.rank(t) == 1 and g.shape(t)[0] == 0)] or list(tensors[:1])
+    if functools.reduce(torch.promote_types, map(g.dtype, kept)) != g.dtype(node):
+        kept = list(tensors)  # the empty one decides the dtype
     if len(kept) == 1 and g.dtype(kept[0]) == g.dtype(node):
         return kept[0]
     rank = g.rank(kept[0])
@@ -326,23 +332,15 @@ def _table() -> dict[object, Spelling]:
     table: dict[object, Spelling] = {operator.getitem: getitem}
 
     def row(spelling: Spelling, *names: str) -> None:
-        for name in names:
-            packet_name, _, overload = name.partition(".")
-            packet = getattr(aten, packet_name, None)
-            if packet is not None and (overload or "default") in packet.overloads():
-                table[getattr(packet, overload or "default")] = spelling
+        table.update(dict.fromkeys(overloads(*names), spelling))
 
     row(identity, "clone", "contiguous", "detach", "detach_", "alias", "lift_fresh", "lift_fresh_copy", "positive")
     row(dropped, "_assert_tensor_metadata")
     row(dropout, "dropout", "feature_dropout", "alpha_dropout")
-    row(reshape, "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "squeeze.dim", "squeeze.dims", "ravel")
-    row(reshape, "flatten.using_ints", "unflatten.int", "view_as", "reshape_as", "view_copy", "unsqueeze_copy")
-    row(permute(lambda rank, a: _swapped(rank, a[1], a[2])), "transpose.int", "swapaxes", "swapdims")
-    row(permute(lambda rank, a: a[1]), "permute")
-    row(permute(lambda rank, a: range(rank)[::-1]), "t", "numpy_T")
-    row(permute(lambda rank, a: _swapped(rank, -1, -2)), "mT", "mH", "adjoint")
-    row(permute(_moved), "movedim.int", "movedim.intlist", "moveaxis.int", "moveaxis.intlist")
-    row(expand, "expand", "expand_as", "broadcast_to")
+    table.update(dict.fromkeys(RESHAPES, reshape))
+    row(reshape, "view_copy", "unsqueeze_copy")
+    table.update(dict.fromkeys(PERMUTATIONS, permute))
+    table.update(dict.fromkeys(EXPANDS, expand))
     row(slice_, "slice.Tensor")
     row(narrow, "narrow")
     row(select, "select.int")

@@ -1,0 +1,39 @@
+"""Results of benchmarks: one JSON file each in `bench/results`, with the machine that they were measured on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from graphopt.tools.demo_clock import processor
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write(name: str, result: Mapping[str, object]) -> Path:
+    """Write `results/<name>.json` and return its path."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+    return path
+
+
+def read(name: str) -> dict:
+    """What `write` wrote. FileNotFoundError names the command that makes it."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; run python -m bench.bench_{name}")
+    return json.loads(path.read_text())
+
+
+def machine() -> dict[str, str]:
+    """What a number means nothing without."""
+    return {
+        "processor": processor(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }

@@ -1,0 +1,104 @@
+"""The README's tables, made from `bench/results/*.json`: `python -m bench.report` puts them between their markers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from bench import record
+
+README = Path(__file__).parent.parent / "README.md"
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[object]], note: str) -> str:
+    """A table, its first column left-aligned and the others right, with a line under it."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return f"\n{table}\n\n{note}\n\n"
+
+
+def machine(result: Mapping[str, dict]) -> str:
+    """Where it was measured: a number means nothing without."""
+    m = result["machine"]
+    return f"{m['processor']}; torch {m['torch']}, transformers {m['transformers']}"
+
+
+def calls() -> str:
+    """Calls in a lowered decoder layer, before and after."""
+    result = record.read("models")
+    layer, operators = result["calls"]["layer"], result["calls"]["operators"]
+    before, after = layer["captured"], layer["lower"]
+    work = [side["calls"] - side["views"] for side in (before, after)]
+    rows = [
+        ("calls of one decoder layer", before["calls"], after["calls"]),
+        ("of these, views (no data moved)", before["views"], after["views"]),
+        ("of these, work", *work),
+        ("ATen operators that a whole step runs", operators["eager"], operators["graphopt"]),
+    ]
+    note = (
+        "One token of the demo's Llama (8 layers, 512 wide, 8 heads on 2, static cache). Before: the captured "
+        "graph, and eager. A call of ours may run several ATen operators, so the last row counts those."
+    )
+    return markdown(("", "before", "after"), rows, note)
+
+
+def models() -> str:
+    """The demo's models against eager."""
+    result = record.read("models")
+    rows = [
+        (f"{r['work']}, {r['backend']}", f"{r['eager']:.1f} ms", f"{r['ours']:.1f} ms", f"{r['speedup']:.2f}x")
+        for r in result["rows"]
+    ]
+    step = next(r for r in result["rows"] if r["backend"] == "graphopt" and "gigabytes_per_second" in r)
+    threads = result["threads"]
+    note = (
+        f"{machine(result)}; fp32, {threads} thread{'s' if threads > 1 else ''}, medians of {result['turns']} "
+        f"interleaved turns. The decode step reads {result['step_megabytes']:.0f} MB of weights, at "
+        f"{step['gigabytes_per_second']:.1f} GB/s; copying (reads and writes) runs at {result['copy']:.1f} GB/s."
+    )
+    return markdown(("", "eager", "compiled", "speed-up"), rows, note)
+
+
+def passes() -> str:
+    """What the rewriting costs."""
+    result = record.read("passes")
+    deepest = max(result["nodes"], key=int)
+    times, beside = result["milliseconds"][deepest], (result["dynamo"][deepest], result["capture"][deepest])
+    rows = [
+        (f"rewriting, per 1000 nodes ({result['rules']} rules)", *_against_mark(result["per_1000_nodes"])),
+        ("rewriting, each further identical layer", *_against_mark(result["further_layer"])),
+        *((f"{name}, {deepest} layers", f"{ms:.0f} ms", "") for name, ms in times.items()),
+        (f"beside it: Dynamo, {deepest} layers", f"{beside[0]} ms", ""),
+        (f"beside it: capture, {deepest} layers", f"{beside[1]} ms", ""),
+        ("beside it: tracing the rules, once a process", f"{result['first_use']} ms", ""),
+    ]
+    note = (
+        f"{machine(result)}; CPU time, medians of {result['rounds']} rounds; a Llama of {deepest} layers "
+        f"({result['nodes'][deepest]} captured nodes). From 4 layers to {deepest} the time grows as nodes to the "
+        f"power of {result['growth_exponent']:.2f}. Rewriting is canonicalize, recognise and merge."
+    )
+    return markdown(("", "time", "mark"), rows, note)
+
+
+def _against_mark(row: Mapping[str, float]) -> tuple[str, str]:
+    sign = "met" if row["met"] else "**missed**"
+    return f"{row['milliseconds']:.0f} ms", f"{row['mark']:.0f} ms, {sign}"
+
+
+TABLES: Mapping[str, Callable[[], str]] = {"calls": calls, "models": models, "passes": passes}
+
+
+def fill(text: str) -> str:
+    """The text with every `<!-- table: name -->` ... `<!-- end -->` filled anew. KeyError for an unknown name."""
+    return MARKED.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], text)
+
+
+def main() -> None:
+    """Rewrite the README's tables."""
+    README.write_text(fill(README.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The one trace: any recorded program, run on fakes, becomes pre-dispatch ATen with its provenance on every node."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import fx
+
+from graphopt import graph as g
+from graphopt import torch_private
+from graphopt.errors import CaptureRefused
+
+# Calls that are recorded and that mean nothing for inference. `inference_mode` inside a graph only marks tensors.
+_IGNORED = frozenset(
+    {"_log_api_usage_once", "_set_grad_enabled", "set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"}
+)
+# Higher-order operators whose body is simply run in place -> where their body stands among the arguments.
+_DISSOLVED = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
+# dropout(x, p, train): x itself where p is 0 or train is False.
+_DROPOUTS = frozenset({getattr(torch.ops.aten, n).default for n in ("dropout", "feature_dropout", "alpha_dropout")})
+# Operators that write to arguments which their schema calls read-only -> the argument that says whether they do.
+_UNDECLARED_WRITES = {
+    torch.ops.aten.batch_norm.default: "training",
+    torch.ops.aten.native_batch_norm.default: "training",
+    torch.ops.aten.instance_norm.default: "use_input_stats",
+}
+
+
+class Door(fx.Interpreter):
+    """Runs a recorded graph under the tracer: regions dissolve, what is out of scope is refused by name."""
+
+    def call_function(self, target: object, args: tuple, kwargs: dict) -> object:  # type: ignore[override, type-arg]  # fx's own signature is loose
+        """As fx's, but for modes, regions and higher-order operators."""
+        name = getattr(target, "__name__", str(target))
+        if name in _IGNORED or name == "_exit_autocast":
+            return None
+        if name == "_enter_autocast":
+            _refuse_enabled_autocast(args)
+            return None
+        if name == "_get_data_attr":  # `x.data`; the tracer would lose sight of it
+            return args[0].detach()
+        if torch_private.is_higher_order(target):
+            if name not in _DISSOLVED:
+                raise CaptureRefused(f"the higher-order operator {name!r} is not supported")
+            if name == "wrap_with_autocast":
+                _refuse_enabled_autocast(args)
+            body = args[_DISSOLVED[name]]
+            return type(self)(body).run(*args[_DISSOLVED[name] + 1 :])
+        return super().call_function(target, args, kwargs)  # type: ignore[arg-type]  # fx checks it
+
+
+def trace(
+    function: Callable[..., object], fakes: Sequence[object], mode: torch_private.FakeTensorMode
+) -> fx.GraphModule:
+    """Run a function on fakes under the pre-dispatch tracer.
+
+    Raises:
+        CaptureRefused: the function fails on fakes, or does what no pass understands.
+    """
+    _check_inputs(fakes)
+    try:
+        traced = torch_private.trace(function, fakes, mode)
+    except CaptureRefused:
+        raise
+    except Exception as error:
+        raise CaptureRefused(f"tracing failed: {first_line(error)}") from error
+    _dissolve(traced.graph)
+    for node in traced.graph.nodes:
+        node.meta["module_path"] = _module_path(node)
+        node.meta["source"] = _source_line(node.meta.get("stack_trace") or "")
+        _check_node(traced, node)
+    traced.recompile()
+    return traced
+
+
+def _dissolve(graph: fx.Graph) -> None:
+    """Drop modes that a plain function entered, and the dropouts that return their argument as it is."""
+    for node in reversed(graph.nodes):
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if name == "_enter_autocast":
+            _refuse_enabled_autocast(node.args)
+        if name in _IGNORED or name in ("_enter_autocast", "_exit_autocast"):
+            graph.erase_node(node)
+        elif node.target in _DROPOUTS and not (node.args[1] and node.args[2]):  # its fake says that it copies
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]  # a node
+            graph.erase_node(node)
+
+
+def first_line(error: BaseException) -> str:
+    """An error's type and the first line of its message."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def _check_inputs(values: Sequence[object]) -> None:
+    """Refuse what no pass understands, before anything is traced."""
+    for value in values:
+        if not isinstance(value, torch.Tensor):
+            continue
+        if torch_private.is_traceable_subclass(value):
+            raise CaptureRefused(f"an input is a tensor subclass, {type(value).__name__}")
+        if value.layout is not torch.strided:
+            raise CaptureRefused(f"an input has layout {value.layout}; only torch.strided is supported")
+        if value.dtype.is_complex:
+            raise CaptureRefused(f"an input has dtype {value.dtype}; complex tensors are not supported")
+        if value.is_quantized:
+            raise CaptureRefused(f"an input has the quantized dtype {value.dtype}")
+    for kind in {v.device.type for v in values if isinstance(v, torch.Tensor)} | {"cpu"}:
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            raise CaptureRefused(
+                f"autocast to {torch.get_autocast_dtype(kind)} is on around the call; "
+                "convert the model with model.to(dtype) instead"
+            )
+
+
+def _refuse_enabled_autocast(args: tuple[object, ...]) -> None:
+    """Autocast that is on inside the graph: its casts happen below the tracer, so what it records would be wrong."""
+    device, dtype, enabled = (*args, None, None, True)[:3]
+    if enabled:
+        raise CaptureRefused(f"a region runs under autocast({device!r}, {dtype}); convert the model with model.to(dtype)")
+
+
+def _check_node(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Refuse a value that no pass understands, and a write that no schema tells of."""
+    value = g.val(node)
+    for one in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(one, torch.Tensor) and (one.dtype.is_complex or one.layout is not torch.strided):
+            kind = f"dtype {one.dtype}" if one.dtype.is_complex else f"layout {one.layout}"
+            raise CaptureRefused(f"{node.name} ({node.target}) has {kind}, which no pass understands")
+    if node.op == "get_attr":
+        constant = getattr(gm, str(node.target))
+        if isinstance(constant, torch_private.FakeTensor):
+            raise CaptureRefused(f"a tensor of unknown origin is read ({node.name}); the tracer has lost sight of it")
+        if torch_private.is_traceable_subclass(constant):
+            raise CaptureRefused(f"a constant is a tensor subclass, {type(constant).__name__}")
+    flag = _UNDECLARED_WRITES.get(node.target)  # type: ignore[call-overload]  # any target may be asked for
+    if flag is not None and g.arg(node, flag) and g.arg(node, "running_mean") is not None:
+        raise CaptureRefused(f"{node.target} in training mode updates its running statistics; call model.eval()")
+
+
+# ---------------------------------------------------------------------------------------------- provenance
+
+
+def _module_path(node: fx.Node) -> str:
+    """The path of the innermost module, without what Dynamo and `torch.compile` put around it."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = next(reversed(stack.values()))[0]
+    path = re.sub(r"^L\['\w+'\]\.?|^L__\w+?\.", "", path)
+    path = re.sub(r"_modules\['([^']+)'\]", r"\1", path)
+    path = re.sub(r"\[(\d+)\]", r".\1", path)
+    return ".".join(part for part in path.split(".") if part and part != "_orig_mod")
+
+
+def _source_line(stack_trace: str) -> str:
+    """`file.py:12 code` of the innermost frame."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', stack_trace)
+    if not frames:
+        return ""
+    file, line, code = frames[-1]
+    return f"{file.rsplit('/', 1)[-1]}:{line} {code.strip()}"

@@ -1,0 +1,222 @@
+"""Who calls us: Hugging Face `generate` and `generate_batch` with real tiny models, and several threads."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+import graphopt
+from graphopt import backend
+from tests.block import MERGED, agree, block, counted, example
+from tests.models import zoo
+from tests.models.watch import expected_counts, recognised_counts
+
+TOKENS = 7
+# Two layers; in each Q, K, V and gate, up are merged, weights and biases.
+PREPARED = {"llama": 8, "qwen3": 4}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """No compiled code, prepared weights or reports of other tests; nothing stays on the shared models."""
+    torch.compiler.reset()
+    backend.STORE.refresh()
+    yield
+    torch.compiler.reset()
+    for name in zoo.FAMILIES:
+        model = zoo.model(name)
+        model._compiled_call_impl = None
+        model.__dict__.pop("_compiled_call", None)
+        model.__dict__.pop("_last_compile_config", None)
+
+
+def compile_config(**fields: object) -> transformers.CompileConfig:
+    """On a CPU, `generate` compiles only if told so."""
+    config = transformers.CompileConfig(**fields)
+    config._compile_all_devices = True
+    return config
+
+
+def generate(model: nn.Module, padding: str = "none", **fields: object) -> torch.Tensor:
+    """TOKENS greedy tokens for a batch of 3: [3, length + TOKENS]."""
+    given = zoo.inputs(model, zoo.Case(padding=padding))
+    greedy = {"do_sample": False, "eos_token_id": None, "max_new_tokens": TOKENS}
+    with torch.no_grad():
+        return model.generate(**given, **greedy, **fields)
+
+
+# ------------------------------------------------------------------------------------------------ generate
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_three_calls_of_generate_are_one_compile(name: str, padding: str) -> None:
+    model = zoo.model(name)
+    eager = generate(model, padding)
+    config = compile_config(backend="graphopt", mode=None, options={"strict": True})
+    with counted() as counts:
+        for _ in range(3):
+            ours = generate(model, padding, cache_implementation="static", compile_config=config)
+            assert torch.equal(ours, eager)
+    assert counts == {
+        "graphs": 1,
+        "prepared": PREPARED[name],
+    }  # the decode; generate runs its prefill in eager
+    expected = expected_counts(model, **zoo.inputs(model, zoo.Case()))
+    assert recognised_counts(backend.reports()[-1].counts) == expected
+
+
+def test_generate_may_send_a_mode() -> None:
+    model = zoo.model("llama")
+    config = compile_config(backend="graphopt", mode="reduce-overhead")
+    with counted() as counts:
+        ours = generate(model, cache_implementation="static", compile_config=config)
+    assert counts["graphs"] == 1 and not backend.reports()[-1].fallback
+    assert torch.equal(ours, generate(model))
+
+
+def test_generate_under_enable_needs_no_word_of_us() -> None:
+    model = zoo.model("llama")
+    eager = generate(model, "left")
+    with graphopt.enable(strict=True), counted() as counts:
+        for _ in range(3):
+            ours = generate(model, "left", cache_implementation="static", compile_config=compile_config())
+            assert torch.equal(ours, eager)
+    assert counts == {"graphs": 1, "prepared": PREPARED["llama"]}
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_an_optimized_model_generates(cache: str) -> None:
+    model = zoo.model("llama")
+    eager = generate(model, "left")
+    graphopt.optimize(model, strict=True)
+    with counted() as counts:
+        assert torch.equal(generate(model, "left", cache_implementation=cache), eager)
+    first = counts["graphs"]
+    assert 1 < first <= 5 and counts["prepared"] == PREPARED["llama"], "prefill and decode share"
+    with counted() as counts:
+        assert torch.equal(generate(model, "left", cache_implementation=cache), eager)
+    assert counts == {"graphs": 0, "prepared": 0}
+
+
+def test_a_weight_changed_between_two_calls_of_generate_shows() -> None:
+    model = zoo.model("qwen3")
+    weight = model.get_submodule("model.layers.1.self_attn.v_proj").weight
+    assert isinstance(weight, nn.Parameter)
+    config = compile_config(backend="graphopt", mode=None, options={"strict": True})
+    before = generate(model, cache_implementation="static", compile_config=config)
+    with torch.no_grad():
+        weight.mul_(-2)
+    with counted() as counts:
+        ours = generate(model, cache_implementation="static", compile_config=config)
+    eager = generate(model)
+    with torch.no_grad():
+        weight.mul_(-0.5)
+    assert torch.equal(ours, eager) and not torch.equal(ours, before)
+    assert counts == {"graphs": 0, "prepared": 1}
+
+
+# ------------------------------------------------------------------------------------- continuous batching
+
+PROMPTS = ((5, 61, 7, 38, 9), (11, 82, 13), (20, 91, 22, 33, 24, 95, 26, 47, 60), (77,))
+
+
+def generate_batch(model: nn.Module, level: int) -> list[list[int]]:
+    """The TOKENS new tokens of each prompt; level 0 does not compile."""
+    config = ContinuousBatchingConfig(
+        default_compile_level=level, num_blocks=16, page_size=16, max_batch_tokens=16, use_cuda_graph=False
+    )
+    greedy = transformers.GenerationConfig(
+        max_new_tokens=TOKENS, do_sample=False, eos_token_id=999, pad_token_id=0
+    )
+    with torch.no_grad():
+        results = model.generate_batch(
+            [list(p) for p in PROMPTS],
+            generation_config=greedy,
+            continuous_batching_config=config,
+            progress_bar=False,
+        )
+    by_prompt = {tuple(r.prompt_ids): list(r.generated_tokens) for r in results.values()}
+    return [by_prompt[p] for p in PROMPTS]
+
+
+def one_by_one(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The same in eager, a prompt at a time."""
+    greedy = {"do_sample": False, "eos_token_id": None, "max_new_tokens": TOKENS}
+    with torch.no_grad():
+        return [model.generate(torch.tensor([p]), **greedy)[0, len(p) :].tolist() for p in prompts]
+
+
+def test_continuous_batching_under_enable() -> None:
+    model = zoo.model("llama")
+    eager = one_by_one(model, PROMPTS)
+    assert len({tuple(tokens) for tokens in eager}) == len(PROMPTS), "prompts that give the same show nothing"
+    with graphopt.enable(strict=True):
+        with counted() as counts:
+            assert generate_batch(model, level=1) == eager
+        assert counts["prepared"] == PREPARED["llama"], "each layer's once, though they share fragments"
+        fragments = backend.reports()[-counts["graphs"] :]
+        with counted() as counts:
+            assert generate_batch(model, level=1) == eager
+        assert counts == {"graphs": 0, "prepared": 0}
+    assert len(fragments) >= 5 and not [r.fallback for r in fragments if r.fallback]
+    ops = sum((Counter(r.counts) for r in fragments), Counter())
+    # Attention runs outside the graphs; fragments are shared by the two layers.
+    assert ops["rope"] and ops["gated_activation"] and ops["add_rms_norm"] and ops["linear"] >= 7
+    assert all(r.unmatched_share == 0 for r in fragments if r.matches)
+
+
+# ------------------------------------------------------------------------------------------------- threads
+
+
+def test_two_threads_compile_and_run_at_once() -> None:
+    models = [nn.Sequential(block(1), block(2)), block(3)]
+    failures: list[BaseException] = []
+    start = threading.Barrier(len(models))
+
+    def work(model: nn.Module) -> None:
+        try:
+            ours = torch.compile(model, backend="graphopt", options={"strict": True})
+            start.wait()
+            with torch.no_grad():
+                for length in (5, 8, 5, 3) * 5:
+                    agree(ours(example(length)), model(example(length)))
+        except BaseException as error:
+            failures.append(error)
+
+    with counted() as counts:
+        threads = [threading.Thread(target=work, args=(model,)) for model in models]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures, failures
+    assert counts["graphs"] >= 2 and counts["prepared"] == 3 * MERGED
+
+
+def test_one_compiled_model_runs_in_several_threads() -> None:
+    model, x = block(), example()
+    ours = torch.compile(model, backend="graphopt", options={"strict": True})
+    results: list[torch.Tensor] = []
+
+    def work() -> None:
+        with torch.no_grad():
+            results.extend(ours(x) for _ in range(10))
+
+    with counted() as counts:
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    # Threads that wait for Dynamo's lock compile again when they get it; weights are prepared once, still.
+    assert counts["graphs"] <= 3 and counts["prepared"] == MERGED and len(results) == 30
+    for result in results:
+        agree(result, model(x))

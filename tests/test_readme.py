@@ -1,0 +1,94 @@
+"""The README: its examples run, its commands work, and its tables say what the benchmarks' results say."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench import report as tables
+from bench.record import RESULTS
+from graphopt.tools import cli
+from graphopt.tools.explain import stages
+
+TEXT = tables.README.read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """The code blocks of a language, in order."""
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def names() -> dict[str, object]:
+    """What the Python blocks define, run one after the other as a reader would."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    defined: dict[str, object] = {"__name__": "readme"}
+    for number, block in enumerate(blocks("python"), 1):
+        assert block.count("torch.no_grad()") or "torch.compile" not in block, f"example {number} wants gradients"
+        exec(compile(block, f"README.md example {number}", "exec"), defined)
+    return defined
+
+
+def test_every_example_runs(names: dict[str, object]) -> None:
+    assert len(blocks("python")) >= 7
+    assert names["logits"].shape == (1, 9, 100)  # type: ignore[attr-defined]
+    assert names["tokens"].shape == (1, 14)  # type: ignore[attr-defined]
+    assert names["attentions"] == 2
+
+
+def test_stages_of_a_pipeline_agree(names: dict[str, object]) -> None:
+    torch.testing.assert_close(names["a"], names["b"])
+    assert names["difference"].changed  # type: ignore[attr-defined]
+
+
+def test_a_rule_of_ones_own_matches(names: dict[str, object]) -> None:
+    assert names["report"].counts == {"activation": 1}  # type: ignore[attr-defined]
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(names["found"](x), torch.nn.functional.silu(x))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "line", [line for block in blocks("sh") for line in block.splitlines() if line.startswith("graphopt")]
+)
+def test_commands_work(line: str) -> None:
+    result = CliRunner().invoke(cli.app, shlex.split(line)[1:])
+    assert result.exit_code == 0, result.output
+
+
+def test_make_targets_exist() -> None:
+    makefile = (tables.README.parent / "Makefile").read_text()
+    named = set(re.findall(r"(?:^|`)make (\w+)", TEXT, re.MULTILINE))
+    assert {"demo", "test", "check", "bench"} <= named
+    assert all(re.search(rf"^{name}:", makefile, re.MULTILINE) for name in named)
+
+
+def test_tables_are_what_the_results_say() -> None:
+    assert tables.fill(TEXT) == TEXT, "run python -m bench.report"
+    assert set(tables.TABLES) == set(re.findall(r"<!-- table: (\w+) -->", TEXT))
+
+
+def test_a_changed_number_is_seen() -> None:
+    assert tables.fill(TEXT.replace("x |", "9x |")) == TEXT
+
+
+def test_results_are_small_and_name_the_machine() -> None:
+    found = list(RESULTS.glob("*.json"))
+    assert found
+    for path in found:
+        assert path.stat().st_size < 10_000
+        assert '"processor"' in path.read_text()
+
+
+def test_the_road_names_the_default_passes() -> None:
+    road = blocks("")[0]
+    positions = [road.index(stage) for stage in stages()[1:]]
+    assert positions == sorted(positions)
+
+
+def test_prose_is_short_lines_without_other_peoples_paths() -> None:
+    assert "/home/" not in TEXT and "/work" not in TEXT
