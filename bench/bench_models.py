@@ -2,9 +2,9 @@
 
     python -m bench.bench_models [--turns 21] [--threads 1] [--inductor]
 
-Results are compared before anything is timed. Interleaved turns, medians; one thread unless asked for more, as
-several threads measure a shared machine's scheduler. The copy bandwidth is measured in the same run: a decode
-step reads every weight once and can do no better.
+Results are compared before anything is timed. Interleaved turns, medians; one thread unless asked for more,
+as several threads measure a shared machine's scheduler. The copy bandwidth is measured in the same run: a
+decode step reads every weight once and can do no better.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bench import record
 from graphopt.backend import clear_reports, reports
 from graphopt.tools import demo_models as models
 from graphopt.tools.demo_clock import compare, threads
-from graphopt.tools.demo_watch import Watched, calls_in, operators
+from graphopt.tools.demo_watch import calls_in, operators, watched_step
 
 COPIED = 256 << 20  # bytes: several times the last-level cache
 TOLERANCE = 1e-4  # of the largest output, in fp32: both sides round differently, over 8 layers
@@ -45,7 +45,7 @@ class Pair:
 
 
 def decode(backend: str, options: dict[str, object] | None) -> Pair:
-    """One token after a prompt, with a static cache; each side has its own cache, set back before each step."""
+    """One token after a prompt; each side has its own static cache, set back before each step."""
     model, prompt = models.llama(), models.prompts(1)[0]
     mask = torch.ones(1, models.PROMPT + 1, dtype=torch.long)
 
@@ -100,16 +100,8 @@ def step_bytes() -> int:
 
 def layer_calls() -> dict[str, object]:
     """Calls of a decoder layer before and after, and operators that a decode step runs."""
-    watched = Watched()
-    model, prompt = models.llama(), models.prompts(1)[0]
-    token = {
-        "input_ids": prompt[:, :1],
-        "attention_mask": torch.ones(1, models.PROMPT + 1, dtype=torch.long),
-        "past_key_values": models.cache_after(model, prompt),
-    }
-    torch.compiler.reset()
-    with torch.no_grad():
-        torch.compile(model, backend=watched)(**token)
+    model = models.llama()
+    watched, token = watched_step(model)
     middle = f"model.layers.{models.LAYERS // 2}"
     stages = {stage: calls_in(watched.graphs[stage], middle) for stage in ("captured", "lower")}
     return {

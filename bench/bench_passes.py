@@ -2,9 +2,9 @@
 
     python -m bench.bench_passes [--rounds 7]
 
-CPU time of one thread: compilation is Python, and the machine may be shared. The models take turns, so that a
-busy moment hits all; medians are kept. What Dynamo and our capture take before the passes, and the tracing of the
-rules at their first use in a process, are shown beside the passes and not in them.
+CPU time of one thread: compilation is Python, and the machine may be shared. The models take turns, so that
+a busy moment hits all; medians are kept. What Dynamo and our capture take before the passes, and the tracing
+of the rules at their first use in a process, are shown beside the passes and not in them.
 """
 
 from __future__ import annotations
@@ -95,6 +95,11 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return statistics.linear_regression(x, y).slope
 
 
+def against(milliseconds: float, mark: float) -> dict[str, object]:
+    """A time and the most that it may be."""
+    return {"milliseconds": round(milliseconds, 1), "mark": mark, "met": milliseconds <= mark}
+
+
 def measure(rounds: int) -> dict[str, object]:
     """All figures, times in milliseconds."""
     subjects = [subject(layers) for layers in LAYERS]
@@ -117,8 +122,8 @@ def measure(rounds: int) -> dict[str, object]:
         "nodes": nodes,
         "milliseconds": {n: {k: round(v, 1) for k, v in t.items()} for n, t in medians.items()},
         "rewriting": {n: round(v, 1) for n, v in rewriting.items()},
-        "per_1000_nodes": {"milliseconds": round(per_1000, 1), "mark": MARK_1000, "met": per_1000 <= MARK_1000},
-        "further_layer": {"milliseconds": round(layer, 2), "mark": MARK_LAYER, "met": layer <= MARK_LAYER},
+        "per_1000_nodes": against(per_1000, MARK_1000),
+        "further_layer": against(layer, MARK_LAYER),
         "growth_exponent": round(growth, 2),
         "first_use": round(1000 * first - sum(medians[subjects[0].layers].values())),
         "dynamo": {s.layers: round(1000 * s.dynamo) for s in subjects},

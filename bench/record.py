@@ -1,4 +1,4 @@
-"""Results of benchmarks: one JSON file each in `bench/results`, with the machine that they were measured on."""
+"""Results of benchmarks: one JSON file each in `bench/results`, with the machine that they come from."""
 
 from __future__ import annotations
 

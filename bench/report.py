@@ -1,4 +1,4 @@
-"""The README's tables, made from `bench/results/*.json`: `python -m bench.report` puts them between their markers."""
+"""The README's tables, made from `bench/results/*.json`: `python -m bench.report` puts them in."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def calls() -> str:
         ("ATen operators that a whole step runs", operators["eager"], operators["graphopt"]),
     ]
     note = (
-        "One token of the demo's Llama (8 layers, 512 wide, 8 heads on 2, static cache). Before: the captured "
-        "graph, and eager. A call of ours may run several ATen operators, so the last row counts those."
+        "One token of the demo's Llama (8 layers, 512 wide, 8 heads on 2, static cache). Before: the "
+        "captured graph, and eager. A call of ours may run several ATen operators; the last row counts those."
     )
     return markdown(("", "before", "after"), rows, note)
 
@@ -48,17 +48,22 @@ def models() -> str:
     """The demo's models against eager."""
     result = record.read("models")
     rows = [
-        (f"{r['work']}, {r['backend']}", f"{r['eager']:.1f} ms", f"{r['ours']:.1f} ms", f"{r['speedup']:.2f}x")
-        for r in result["rows"]
+        (f"{row['work']}, {row['backend']}", _ms(row["eager"]), _ms(row["ours"]), f"{row['speedup']:.2f}x")
+        for row in result["rows"]
     ]
     step = next(r for r in result["rows"] if r["backend"] == "graphopt" and "gigabytes_per_second" in r)
     threads = result["threads"]
     note = (
-        f"{machine(result)}; fp32, {threads} thread{'s' if threads > 1 else ''}, medians of {result['turns']} "
-        f"interleaved turns. The decode step reads {result['step_megabytes']:.0f} MB of weights, at "
-        f"{step['gigabytes_per_second']:.1f} GB/s; copying (reads and writes) runs at {result['copy']:.1f} GB/s."
+        f"{machine(result)}; fp32, {threads} thread{'s' if threads > 1 else ''}, medians of "
+        f"{result['turns']} interleaved turns. The decode step reads {result['step_megabytes']:.0f} MB of "
+        f"weights, at {step['gigabytes_per_second']:.1f} GB/s; copying (reads and writes) runs at "
+        f"{result['copy']:.1f} GB/s."
     )
     return markdown(("", "eager", "compiled", "speed-up"), rows, note)
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:.1f} ms"
 
 
 def passes() -> str:
@@ -76,8 +81,8 @@ def passes() -> str:
     ]
     note = (
         f"{machine(result)}; CPU time, medians of {result['rounds']} rounds; a Llama of {deepest} layers "
-        f"({result['nodes'][deepest]} captured nodes). From 4 layers to {deepest} the time grows as nodes to the "
-        f"power of {result['growth_exponent']:.2f}. Rewriting is canonicalize, recognise and merge."
+        f"({result['nodes'][deepest]} captured nodes). From 4 layers to {deepest} the time grows as nodes "
+        f"to the power of {result['growth_exponent']:.2f}. Rewriting is canonicalize, recognise and merge."
     )
     return markdown(("", "time", "mark"), rows, note)
 
@@ -91,7 +96,10 @@ TABLES: Mapping[str, Callable[[], str]] = {"calls": calls, "models": models, "pa
 
 
 def fill(text: str) -> str:
-    """The text with every `<!-- table: name -->` ... `<!-- end -->` filled anew. KeyError for an unknown name."""
+    """The text with every `<!-- table: name -->` ... `<!-- end -->` filled anew.
+
+    Raises KeyError for a name that is not in `TABLES`.
+    """
     return MARKED.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], text)
 
 

@@ -73,7 +73,7 @@ class Forced:
         self, gm: fx.GraphModule, example_inputs: Sequence[object], **kwargs: object
     ) -> Callable[..., object]:
         """As `graphopt`."""
-        return _build(gm, example_inputs, self.options, fall_back=torch_private.inductor)
+        return _build(gm, example_inputs, self.options, fall_back=_inductor)
 
 
 def reports() -> tuple[Report, ...]:
@@ -176,6 +176,20 @@ def _without_us(
     emit(observers, Warned(_says(report.fallback)))
     warnings.warn(_says(report.fallback), stacklevel=4)
     return fall_back(gm, examples)
+
+
+def _inductor(gm: fx.GraphModule, examples: Sequence[object]) -> Callable[..., object]:
+    """What Inductor makes of a graph; the original where it fails, as it does on some that run in eager."""
+    original = fx.GraphModule(gm, g.copy_graph(gm.graph))  # Inductor may edit a graph before it fails
+    try:
+        return torch_private.inductor(gm, examples)
+    except Exception as error:
+        if torch_private.steers_dynamo(error):
+            raise
+        log.debug("Inductor failed", exc_info=True)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        warnings.warn(f"Inductor fails too ({reason}): the program runs in eager", stacklevel=5)
+        return original.forward
 
 
 def _described(error: Exception) -> str:

@@ -24,7 +24,9 @@ class Binding:
     names: dict[str, object] = field(default_factory=dict)  # dimension -> size; scalar -> literal or node
     carried: dict[str, object] = field(default_factory=dict)
     lead: tuple[object, ...] | None = None  # what `...` stands for
-    assumed: list[tuple[torch.SymFloat, float]] = field(default_factory=list)  # graph values taken for literals
+    assumed: list[tuple[torch.SymFloat, float]] = field(
+        default_factory=list
+    )  # graph values taken for literals
 
     def __getitem__(self, name: str) -> object:
         """A parameter's node or literal, or a dimension's size."""
@@ -36,7 +38,7 @@ class Binding:
 
 
 class Miss(NamedTuple):
-    """Where an attempt stopped: how many parts had matched, and why the next did not. Put into words when asked."""
+    """Where an attempt stopped: how many parts had matched, and why the next did not; worded when asked."""
 
     depth: int
     node: fx.Node

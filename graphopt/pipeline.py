@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import ClassVar, Protocol
 
+import torch
 from torch import fx
 
-from graphopt import flops, torch_private
+from graphopt import aliasing, flops, torch_private
 from graphopt import graph as g
 from graphopt.capture import Captured
 from graphopt.errors import GraphoptError, PipelineError, StrictError
@@ -146,7 +147,9 @@ class Pipeline:
             before = after
             if EXPECTS_MATCHES in step.provides and not tally.matched:
                 _missed(gm, step, inner)
-        return captured.replace(gm, inner.run), listener.report  # type: ignore[arg-type]  # run is callable or None
+        report = listener.report
+        report.weights_prepared, report.weights_prepared_bytes = _prepared(gm)
+        return captured.replace(gm, inner.run), report  # type: ignore[arg-type]  # run is callable or None
 
 
 @dataclass
@@ -183,6 +186,19 @@ def _check(gm: fx.GraphModule, captured: fx.GraphModule, step: Pass) -> None:
 def _arity(gm: fx.GraphModule) -> tuple[int, int]:
     """How many inputs and outputs a graph has."""
     return len(g.placeholders(gm.graph)), len(list(g.flat_arguments(g.output_node(gm.graph))))
+
+
+def _prepared(gm: fx.GraphModule) -> tuple[int, int]:
+    """How many weights a lowered graph has prepared, and their bytes; a view of a weight takes none."""
+    plans = [(plan, g.val(node)) for node in gm.graph.nodes if (plan := node.meta.get("prepared"))]
+    new = [v for plan, v in plans if not _is_view(plan.gm) and isinstance(v, torch.Tensor)]
+    return len(plans), sum(flops.elements(v) * v.element_size() for v in new)
+
+
+def _is_view(prepare: fx.GraphModule) -> bool:
+    """Whether a prepare graph gives its source's own memory."""
+    (result,) = g.output_node(prepare.graph).all_input_nodes
+    return aliasing.root(result).op == "placeholder"
 
 
 def _missed(gm: fx.GraphModule, step: Pass, ctx: Context) -> None:

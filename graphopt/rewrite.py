@@ -1,8 +1,8 @@
 """Edit a graph for a rule: the only code that does. What must hold at every edit is checked here, once.
 
-An edit happens only if no inner value of the match is read from outside, everything the new nodes read comes before
-everything that reads them, and the match's id is not denied. New nodes carry their origin, module path, source line and
-abstract value.
+An edit happens only if no inner value of the match is read from outside, everything the new nodes read comes
+before everything that reads them, and the match's id is not denied. New nodes carry their origin, module path,
+source line and abstract value.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from graphopt import graph as g
+from graphopt import torch_private
 from graphopt.binding import Binding, Miss
 from graphopt.match import match, outside_reader
 from graphopt.observe import Matched, Observer, Refused, emit
@@ -27,7 +28,9 @@ __all__ = ["Match", "Refusal", "Rewriter", "fake_result"]
 
 SWEEP_BOUND = 12  # a rule set that still changes the graph after so many sweeps does not terminate
 KEPT_MISSES = 400  # per run; the report shows the nearest of each rule
-REACH = 3  # how far below a match a larger one that contains it may end: a cast, a scale and a bias follow a norm
+REACH = (
+    3  # how far below a match a larger one that contains it may end: a cast, a scale and a bias follow a norm
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Rewriter:
     misses: dict[tuple[str, fx.Node], Miss] = field(default_factory=dict)
 
     def run(self) -> int:
-        """Sweep to a fixpoint; returns how many matches were applied. The caller recompiles: it costs as much again.
+        """Sweep to a fixpoint; returns how many matches were applied. The caller recompiles the module.
 
         Raises:
             RuntimeError: the rules still change the graph after SWEEP_BOUND sweeps.
@@ -81,7 +84,9 @@ class Rewriter:
             if not changed:
                 break
         else:
-            raise RuntimeError(f"the rules still change the graph after {SWEEP_BOUND} sweeps; two of them undo each other")
+            raise RuntimeError(
+                f"the rules still change the graph after {SWEEP_BOUND} sweeps; two of them undo each other"
+            )
         g.eliminate_dead_code(self.gm.graph)
         self.report_misses()
         self.gm.graph.lint()
@@ -173,7 +178,9 @@ class Rewriter:
         adopt(new, node, g.Origin(translation.name, identity, _stands_for([node])), g.val(node))
         node.replace_all_uses_with(new)
         self.gm.graph.erase_node(node)
-        self.applied(Match(identity, translation.name, g.module_path(new), g.source(new), (node.name,), (new.name,)))
+        self.applied(
+            Match(identity, translation.name, g.module_path(new), g.source(new), (node.name,), (new.name,))
+        )
         return True
 
     def apply(self, variant: Variant, binding: Binding) -> bool:
@@ -187,6 +194,8 @@ class Rewriter:
             reason = reason or "something that it reads is computed only after its result is used"
             self.misses[rule, anchor] = Miss(len(binding.nodes), anchor, reason)
             return False
+        for value, number in binding.assumed:
+            torch_private.specialise(value, number)
         replaced = list(dict.fromkeys(binding.nodes.values()))
         origin = g.Origin(rule, identity, _stands_for(replaced))
         template = Template(
@@ -243,13 +252,17 @@ def unsafe(variant: Variant, binding: Binding) -> str:
     if outside is not None:
         return outside[1]
     for leaf in binding.leaves.values():
-        if isinstance(leaf, fx.Node) and leaf.meta.get("keep") and any(g.is_mutable(u.target) for u in leaf.users):
+        if (
+            isinstance(leaf, fx.Node)
+            and leaf.meta.get("keep")
+            and any(g.is_mutable(u.target) for u in leaf.users)
+        ):
             return f"{leaf.name} is written in place by an operator that has no pure form"
     return ""
 
 
 def find_place(binding: Binding, outputs: list[fx.Node]) -> fx.Node | None:
-    """Where the new nodes go: after all they read, before all that reads them; None if there is no such place."""
+    """Where the new nodes go: after all they read, before all that reads them; None if there is none."""
     tables = (binding.leaves, binding.names, binding.carried)
     reads = [v for table in tables for v in table.values() if isinstance(v, fx.Node)]
     last = max(reads, default=None)
@@ -288,7 +301,7 @@ def _about(node: fx.Node) -> str:
 
 
 def _stands_for(replaced: Iterable[fx.Node]) -> tuple[str, ...]:
-    """The captured nodes behind the replaced ones: a rewrite of a rewrite stands for what the first one stood for."""
+    """The captured nodes behind the replaced ones: a rewrite of a rewrite stands for what the first did."""
     names: dict[str, None] = {}
     for node in replaced:
         before = g.origin(node)

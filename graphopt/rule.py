@@ -1,10 +1,11 @@
 """A rule is an equation between two plain functions: pattern(...) == replacement(...).
 
-    rule(llama_rms_norm, lambda x, weight, eps: ops.rms_norm(x, weight, eps), x=T("... n"), weight=T("n"), eps=Float(1e-6))
+    rule(hand_silu, lambda x: ops.activation(x, "silu"), x=T("... n"))
 
-Both sides are traced (`rule_trace`) and canonicalised by the pass that canonicalises models, once for each choice of
-dtypes (a *variant*): a cast that vanishes in an fp32 model vanishes in the fp32 variant, too. What the trace leaves as a
-literal is an expression of named dimensions and is unified with the model's, never wild-carded and never burnt in.
+Both sides are traced (`rule_trace`) and canonicalised by the pass that canonicalises models, once for each
+choice of dtypes (a *variant*): a cast that vanishes in an fp32 model vanishes in the fp32 variant, too. What
+the trace leaves as a literal is an expression of named dimensions and is unified with the model's, never
+wild-carded and never burnt in.
 """
 
 from __future__ import annotations
@@ -17,9 +18,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from torch import fx
 
-from graphopt import graph as g
 from graphopt.errors import RuleError
 
 if TYPE_CHECKING:
@@ -37,9 +36,10 @@ class T:
     """A tensor parameter.
 
     Args:
-        dims: names of its dimensions. `"b h s d"`; a leading `...` stands for any number of dimensions; `"b|1"` may also
-            be 1 where it is broadcast (`"...|1 n"`: the leading ones); `"h*d"` is a product; a number is itself. Equal names are equal sizes.
-        dtype: a variable ("T", the rule's main float dtype; "W", another one), or `"bool"`, `"int64"`, `"float32"`.
+        dims: names of its dimensions, as `"b h s d"`; equal names are equal sizes. A leading `...` stands for
+            any number of dimensions; `"b|1"` may also be 1 where it is broadcast (`"...|1 n"`: the leading ones);
+            `"h*d"` is a product; a number is itself.
+        dtype: a variable ("T", the rule's main float dtype; "W", another one), or `"bool"`, `"int64"`.
         optional: whether None also fits; the rule then has a variant with it and one without.
     """
 
@@ -50,7 +50,7 @@ class T:
 
 @dataclass(frozen=True)
 class Float:
-    """A float parameter: a literal of the model, or a node under `dynamic=True`. `sample` is used by tests only."""
+    """A float parameter: a literal of the model, or a node under `dynamic=True`. It is traced near its sample."""
 
     sample: float
 
@@ -77,8 +77,8 @@ class Rule:
     """pattern(*parameters) == replacement(*parameters), for tensors that fit `specs` and pass `guard`.
 
     Attributes:
-        carry: argument names of our ops that the pattern leaves open: whatever the model has there moves to the
-            argument of that name in the replacement (`attention`'s masks while it swallows a repeat of k and v).
+        carry: argument names of our ops that the pattern leaves open: whatever the model has there moves to
+            the replacement's argument of that name (`attention`'s masks while it swallows a repeat of k and v).
         guard: looks at a complete binding; returns None, or why the rule does not apply.
     """
 
@@ -111,6 +111,7 @@ class Rule:
 def rule(
     pattern: Callable[..., object],
     replacement: Callable[..., object],
+    shared: Mapping[str, Spec] | None = None,
     *,
     carry: Sequence[str] = (),
     guard: Guard | None = None,
@@ -118,13 +119,19 @@ def rule(
 ) -> Rule:
     """Make a rule. Nothing is traced yet: `variants` does that, on first use.
 
+    Args:
+        shared: specs of parameters that several rules have alike; those of this rule alone are keywords.
+
     Raises:
         RuleError: a parameter of the pattern has no spec, or a spec no parameter.
     """
     names = pattern.__code__.co_varnames[: pattern.__code__.co_argcount]
-    if set(names) != set(specs):
-        raise RuleError(f"{pattern.__name__} takes {names}, but specs are given for {tuple(specs)}; name each once")
-    ordered = {name: specs[name] for name in names}
+    given = {**(shared or {}), **specs}
+    if set(names) != set(given):
+        raise RuleError(
+            f"{pattern.__name__} takes {names}, but specs are given for {tuple(given)}; name each once"
+        )
+    ordered = {name: given[name] for name in names}
     return Rule(pattern, replacement, MappingProxyType(ordered), tuple(carry), guard)
 
 
@@ -133,7 +140,7 @@ def rule(
 
 @dataclass(frozen=True)
 class Symbolic:
-    """A size or a scalar of the trace, as an expression of named dimensions and parameters: `head_dim // 2`."""
+    """A size or a scalar of the trace, as an expression of dimensions and parameters: `head_dim // 2`."""
 
     text: str
     names: tuple[str, ...]  # the names that it mentions
@@ -167,7 +174,9 @@ class Part:
     kwargs: Mapping[str, object] = field(default_factory=dict)
     leaf: str = ""  # the parameter's name, for a leaf
     shape: tuple[object, ...] = ()  # a leaf's dimensions: ints, Symbolic, or (Symbolic, 1) where 1 fits, too
-    dtype: torch.dtype | None = None  # of a leaf, or of a call's result where nothing that is carried decides it
+    dtype: torch.dtype | None = (
+        None  # of a leaf, or of a call's result where nothing that is carried decides it
+    )
     ellipsis: bool = False  # a leaf with any number of leading dimensions
     broadcast: bool = False  # whose leading dimensions may be 1 or absent
     name: str = ""
@@ -207,7 +216,7 @@ def variants(rule: Rule, dtypes: Iterable[torch.dtype]) -> tuple[Variant, ...]:
     """The rule's variants for a model that uses these float dtypes; equal ones once, the longest first.
 
     Raises:
-        RuleError: the pattern leaves no trace of a parameter, fixes a named dimension, or is no graph of calls.
+        RuleError: the pattern leaves no trace of a parameter, or is no graph of calls.
     """
     present = tuple(d for d in FLOATS if d in set(dtypes))
     variables, optional = rule.dtype_variables(), rule.optional()
@@ -217,7 +226,7 @@ def variants(rule: Rule, dtypes: Iterable[torch.dtype]) -> tuple[Variant, ...]:
             absent = tuple(n for n, gone in zip(optional, missing, strict=True) if gone)
             variant = _variant(rule, tuple(zip(variables, choice, strict=True)), absent)
             found.setdefault(_text(variant), variant)
-    # The longest first: a variant without the cast of a weight also fits where the cast is, and would leave it there.
+    # The longest first: a variant without the cast of a weight also fits where the cast is, and would leave it.
     return tuple(sorted(found.values(), key=lambda v: -len(v.pattern.parts)))
 
 
@@ -230,7 +239,8 @@ def _variant(rule: Rule, dtypes: tuple[tuple[str, torch.dtype], ...], absent: tu
         raise RuleError(f"{rule.name}: the pattern has to compute each of its outputs")
     if len(pattern.outputs) != len(replacement.outputs):
         raise RuleError(
-            f"{rule.name}: the pattern has {len(pattern.outputs)} outputs, the replacement {len(replacement.outputs)}"
+            f"{rule.name}: the pattern has {len(pattern.outputs)} outputs, "
+            f"the replacement {len(replacement.outputs)}"
         )
     _check_traces(rule, pattern, absent)
     return Variant(rule, dtypes, absent, pattern, replacement)
@@ -246,7 +256,9 @@ def _check_traces(rule: Rule, side: Side, absent: tuple[str, ...]) -> None:
             seen.add(value.name)
     lost = [n for n in rule.specs if n not in seen and n not in absent]
     if lost:
-        raise RuleError(f"{rule.name}: parameter {lost[0]!r} leaves no trace in the pattern; use it or drop it")
+        raise RuleError(
+            f"{rule.name}: parameter {lost[0]!r} leaves no trace in the pattern; use it or drop it"
+        )
 
 
 def _leaves(value: object) -> Iterable[object]:
@@ -272,6 +284,8 @@ def _text(variant: Variant) -> str:
     for side in (variant.pattern, variant.replacement):
         for p in side.parts:
             kwargs = ",".join(f"{k}={show(v)}" for k, v in p.kwargs.items())
-            lines.append(f"{p.leaf}|{p.target}|{show(p.args)}|{kwargs}|{show(p.shape)}|{p.dtype if p.leaf else ''}")
+            lines.append(
+                f"{p.leaf}|{p.target}|{show(p.args)}|{kwargs}|{show(p.shape)}|{p.dtype if p.leaf else ''}"
+            )
         lines.append(show(side.outputs))
     return "\n".join(lines)

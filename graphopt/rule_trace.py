@@ -1,8 +1,8 @@
 """Trace both sides of a rule into Parts, and find what each literal of the trace is an expression of.
 
-A side is traced on fake tensors at two (or three) assignments of sizes to dimension names, each twice a large prime.
-A literal that is the same at both is a constant; one that differs is an expression of names that gives both values:
-`head_dim // 2`, `heads * groups`, `past + new`. If there is none, the rule is an error. (Tracing with SymInts says the
+A side is traced on fake tensors at two (or three) assignments of sizes to dimension names, each twice a large
+prime. A literal that is the same at both is a constant; one that differs is an expression of names that gives both
+values: `head_dim // 2`, `heads * groups`. If there is none, the rule is an error. (Tracing with SymInts says the
 same, and costs 100-1000 ms a rule in sympy instead of 10-60.)
 """
 
@@ -31,7 +31,7 @@ SIZES = (
     (2003, 2011, 2017, 2027, 2029, 2039, 2053, 2063, 2069, 2081, 2083, 2087),
 )
 SMALL = ((101, 103, 107, 109), (211, 223, 227, 229))  # Int parameters: smaller than any dimension they cut
-# What a Float parameter's sample is multiplied with: unmistakable, and no two parameters keep their ratio or product.
+# What a Float parameter's sample is multiplied with: unmistakable, and no two keep their ratio or product.
 FACTORS = ((0.9990234573, 1.0031567891, 0.9957123457), (1.0009765432, 0.9961234567, 1.0123456789))
 
 
@@ -39,10 +39,16 @@ def trace_sides(rule: Rule, dtypes: Mapping[str, torch.dtype], absent: tuple[str
     """Both sides of a rule for one choice of dtypes and of absent optional parameters.
 
     Raises:
-        RuleError: a side cannot be traced, computes different graphs at different sizes, or has a literal that is no
-            expression of the rule's names.
+        RuleError: a side cannot be traced, computes different graphs at different sizes, or has a literal
+            that is no expression of the rule's names.
     """
-    broadcast = any("|1" in word for s in rule.specs.values() if isinstance(s, T) for word in s.dims.split() if word[:3] != "...")
+    broadcast = any(
+        "|1" in word
+        for s in rule.specs.values()
+        if isinstance(s, T)
+        for word in s.dims.split()
+        if word[:3] != "..."
+    )
     where = [(0, False), (1, False), *([(0, True)] if broadcast else [])]
     points = [Point.of(rule, index, ones) for index, ones in where]
     choice = tuple(dtypes.items())
@@ -55,10 +61,14 @@ def trace_sides(rule: Rule, dtypes: Mapping[str, torch.dtype], absent: tuple[str
 
 @functools.cache
 def needed_targets(rule: Rule) -> frozenset[object]:
-    """The torch operators that a graph must have for the pattern to occur, found by one trace in fp32 (no casts)."""
+    """The torch operators that a graph must have for the pattern to occur: by one trace in fp32 (no casts)."""
     dtypes = tuple((name, torch.float32) for name in rule.dtype_variables())
     side = _trace(rule, rule.pattern, 0, False, dtypes, rule.optional())
-    return frozenset(p.target for p in side.parts if not p.leaf and not g.is_ours(p.target) and p.target is not operator.getitem)
+    return frozenset(
+        p.target
+        for p in side.parts
+        if not p.leaf and not g.is_ours(p.target) and p.target is not operator.getitem
+    )
 
 
 @dataclass(frozen=True)
@@ -84,11 +94,15 @@ class Point:
                     if not name.isdigit() and name not in sizes:
                         sizes[name] = next(large)
                 if "|1" in word:
-                    sizes[word] = 1 if ones else math.prod(_factor(f, sizes) for f in word.split("|")[0].split("*"))
+                    sizes[word] = (
+                        1 if ones else math.prod(_factor(f, sizes) for f in word.split("|")[0].split("*"))
+                    )
         scalars = [(n, s.sample) for n, s in rule.specs.items() if isinstance(s, Float)]
         floats = {n: sample * factor for (n, sample), factor in zip(scalars, FACTORS[index], strict=False)}
         if len(floats) < len(scalars):
-            raise RuleError(f"{rule.name} has {len(scalars)} Float parameters; at most {len(FACTORS[0])} are supported")
+            raise RuleError(
+                f"{rule.name} has {len(scalars)} Float parameters; at most {len(FACTORS[0])} are supported"
+            )
         return Point(sizes, floats)
 
     def shape(self, spec: T) -> tuple[int, ...]:
@@ -109,7 +123,7 @@ def _factor(word: str, sizes: Mapping[str, int]) -> int:
 
 
 def dimension(word: str) -> object:
-    """A dimension of a spec as what the matcher unifies: a number, a name, a product, or one of these or 1."""
+    """A dimension of a spec as what the matcher unifies: a number, a name, a product, each perhaps or 1."""
     base = word.removesuffix("|1")
     if base.isdigit():
         return int(base)
@@ -149,7 +163,9 @@ def _trace(
     names = list(tensors)
     try:
         gm = torch_private.trace(
-            lambda *values: function(**dict(zip(names, values, strict=True)), **fixed), list(tensors.values()), mode
+            lambda *values: function(**dict(zip(names, values, strict=True)), **fixed),
+            list(tensors.values()),
+            mode,
         )
     except Exception as error:
         raise RuleError(f"{rule.name}: {function.__name__} cannot be traced: {error}") from error
@@ -192,23 +208,31 @@ def _read(rule: Rule, gm: fx.GraphModule, leaves: Mapping[str, str]) -> Side:
             args = tuple(argument(a) for a in node.args)
             kwargs = {k: argument(v) for k, v in node.kwargs.items()}
             args, kwargs = _open(rule, node.target, args, kwargs)
-            value = None if g.is_ours(node.target) else g.tensor(node)  # ours may carry what decides their dtype
-            parts[node] = Part(node.target, args, kwargs, dtype=None if value is None else value.dtype, name=node.name)
+            value = (
+                None if g.is_ours(node.target) else g.tensor(node)
+            )  # ours may carry what decides their dtype
+            parts[node] = Part(
+                node.target, args, kwargs, dtype=None if value is None else value.dtype, name=node.name
+            )
         else:
-            raise RuleError(f"{rule.name}: a pattern may not hold a constant tensor ({node.name}); make it a parameter")
+            raise RuleError(
+                f"{rule.name}: a pattern may not hold a constant tensor ({node.name}); make it a parameter"
+            )
     raise RuleError(f"{rule.name}: the trace has no output")
 
 
-def _open(rule: Rule, target: object, args: tuple, kwargs: dict[str, object]) -> tuple[tuple, dict[str, object]]:
+def _open(
+    rule: Rule, target: object, args: tuple, kwargs: dict[str, object]
+) -> tuple[tuple, dict[str, object]]:
     """Mark the arguments of our ops that the rule carries over."""
     if not g.is_ours(target):
         return args, kwargs
-    names = g.argument_names(target)  # type: ignore[arg-type]  # an OpOverload
+    names = g.argument_names(target)
     opened = tuple(Carried(n) if n in rule.carry else a for n, a in zip(names, args, strict=False))
     return opened, {k: Carried(k) if k in rule.carry else v for k, v in kwargs.items()}
 
 
-# ----------------------------------------------------------------------------------- from points to expressions
+# ------------------------------------------------------------------------------- from points to expressions
 
 
 def _generalise(rule: Rule, traced: list[Side], points: list[Point]) -> Side:
@@ -224,12 +248,14 @@ def _generalise(rule: Rule, traced: list[Side], points: list[Point]) -> Side:
         if isinstance(value, Part):
             return value
         if isinstance(value, tuple):
-            return tuple(literal(v) for v in zip(*values, strict=True))  # type: ignore[arg-type]  # tuples alike
+            return tuple(literal(v) for v in zip(*values, strict=True))
         if all(v == value and type(v) is type(value) for v in values) and not _may_be_name(value, points):
             return value
         found = _expression(values, points)
         if found is None:
-            raise RuleError(f"{rule.name}: the literal {values[0]!r} is no expression of {', '.join(rule.specs)}")
+            raise RuleError(
+                f"{rule.name}: the literal {values[0]!r} is no expression of {', '.join(rule.specs)}"
+            )
         return found
 
     for part in first.parts:
@@ -240,8 +266,10 @@ def _generalise(rule: Rule, traced: list[Side], points: list[Point]) -> Side:
 
 
 def _may_be_name(value: object, points: list[Point]) -> bool:
-    """Whether a value that is equal at all points still is some name's value at the first one (a cut-off, say)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value in points[0].sizes.values()
+    """Whether a value that is equal at all points still is some name's value at the first one."""
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and value in points[0].sizes.values()
+    )
 
 
 def _expression(values: tuple[object, ...], points: list[Point]) -> Symbolic | None:
@@ -253,8 +281,10 @@ def _expression(values: tuple[object, ...], points: list[Point]) -> Symbolic | N
     return next((c for c, results in candidates if results == list(values)), None)
 
 
-def _size_expressions(points: list[Mapping[str, int]], values: tuple[object, ...]) -> Iterator[tuple[Symbolic, list[object]]]:
-    """n, n // c, n - n // c, n + c, m * n, m + n, m - n and products of three; broadcast names last among equals."""
+def _size_expressions(
+    points: list[Mapping[str, int]], values: tuple[object, ...]
+) -> Iterator[tuple[Symbolic, list[object]]]:
+    """n, n // c, n - n // c, n + c, m * n, m + n, m - n and products of three; broadcast names last."""
     names = sorted(points[0], key=lambda n: "|" in n)
 
     def at(function: Callable[..., int], *used: str) -> list[object]:
@@ -276,8 +306,8 @@ def _size_expressions(points: list[Mapping[str, int]], values: tuple[object, ...
         yield Symbolic(f"{m} + {n}", tuple(sorted({m, n}))), at(lambda x, y: x + y, m, n)
     for m, n in itertools.permutations(names, 2):
         yield Symbolic(f"{m} - {n}", tuple(sorted((m, n)))), at(lambda x, y: x - y, m, n)
-    for a, b, c in itertools.combinations(names, 3):
-        yield Symbolic(f"{a} * {b} * {c}", (a, b, c)), at(lambda x, y, z: x * y * z, a, b, c)
+    for a, m, n in itertools.combinations(names, 3):
+        yield Symbolic(f"{a} * {m} * {n}", (a, m, n)), at(lambda x, y, z: x * y * z, a, m, n)
 
 
 def _float_expressions(points: list[Mapping[str, float]]) -> Iterator[tuple[Symbolic, list[object]]]:

@@ -1,4 +1,4 @@
-"""Instantiate a rule's replacement in a graph: its template's nodes, with what the match bound in their places."""
+"""Instantiate a rule's replacement in a graph: its template's nodes, with what the match bound in place."""
 
 from __future__ import annotations
 
@@ -78,13 +78,15 @@ class Template:
                 made[part] = node
         return [argument(p) for p in side.outputs]
 
-    def call(self, target: object, args: Sequence[object], kwargs: Mapping[str, object] | None = None) -> fx.Node:
+    def call(
+        self, target: object, args: Sequence[object], kwargs: Mapping[str, object] | None = None
+    ) -> fx.Node:
         """One call at the current place."""
         name = g.base_name(target)
         return self.graph.create_node("call_function", target, tuple(args), dict(kwargs or {}), name=name)  # type: ignore[arg-type]  # what a template holds are arguments
 
     def reshaped(self, args: Sequence[object]) -> fx.Node:
-        """A template's reshape in canonical form: of the first tensor of a chain, none where it changes nothing."""
+        """A template's reshape in canonical form: of a chain's first tensor, none where nothing changes."""
         x, sizes = args
         while isinstance(x, fx.Node) and g.is_call(x, aten.reshape.default):
             x = x.args[0]
@@ -97,7 +99,7 @@ class Template:
         return node
 
     def value(self, part: Part, node: fx.Node, results: Mapping[Part, fx.Node]) -> object:
-        """The abstract value of an inner node: from the outputs that it feeds, else by running it on fakes."""
+        """An inner node's abstract value: from the outputs that it feeds, else by running it on fakes."""
         picks: dict[int, fx.Node] = {}
         for p in self.side.parts:
             if p.target is operator.getitem and p.args[0] is part and p in results:
@@ -155,7 +157,9 @@ class Template:
         if isinstance(tree, ast.Constant):
             return tree.value
         if not isinstance(tree, ast.BinOp):
-            raise RuntimeError(f"a replacement computes {ast.unparse(tree)}; only + - * / // on names are supported")
+            raise RuntimeError(
+                f"a replacement computes {ast.unparse(tree)}; only + - * / // on names are supported"
+            )
         function = ARITHMETIC[type(tree.op)]
         left, right = self.arithmetic(tree.left), self.arithmetic(tree.right)
         if not isinstance(left, fx.Node) and not isinstance(right, fx.Node):
@@ -168,7 +172,9 @@ class Template:
 def fake_result(node: fx.Node) -> object:
     """A call's abstract value, by running it on its arguments' abstract values; adds no guard."""
     values = [g.val(n) for n in node.all_input_nodes]
-    mode = torch_private.fake_mode_of(values) or torch_private.fake_mode_of([g.val(n) for n in node.graph.nodes])
+    mode = torch_private.fake_mode_of(values) or torch_private.fake_mode_of(
+        [g.val(n) for n in node.graph.nodes]
+    )
     if mode is None:
         mode = torch_private.new_fake_mode()
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), g.val)  # type: ignore[arg-type]  # values, not nodes
@@ -180,7 +186,7 @@ def _carry(
     target: object, args: list[object], kwargs: dict[str, object], carried: Mapping[str, object]
 ) -> tuple[list[object], dict[str, object]]:
     """Fill the carried arguments of one of our ops in a template."""
-    schema = g.schema_arguments(target)  # type: ignore[arg-type]  # an OpOverload
+    schema = g.schema_arguments(target)
 
     def fill(value: object) -> object:
         if not isinstance(value, Carried):

@@ -177,6 +177,12 @@ def inductor(gm: fx.GraphModule, examples: Sequence[object]) -> Callable[..., ob
     return lookup_backend("inductor")(gm, list(examples))  # type: ignore[call-arg, arg-type]  # the registry is untyped
 
 
+def steers_dynamo(error: Exception) -> bool:
+    """Whether an exception is Dynamo's way of control (restart the analysis, skip the frame): let it through."""
+    failed = torch._dynamo.exc.BackendCompilerFailed  # Inductor's errors are of this kind
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException) and not isinstance(error, failed)
+
+
 def trace_artifact(name: str, text: str) -> None:
     """Hand a text artifact to `TORCH_TRACE` (readable by tlparse); free when tracing is off."""
     torch._logging.trace_structured(

@@ -1,4 +1,4 @@
-"""A translation: one torch operator that is one of our ops under another name. No pattern is needed to find it."""
+"""A translation: one torch operator that is one of our ops under another name. No pattern needed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import torch
 from torch import fx
+
+from graphopt.torch_private import OpOverload
 
 Arguments: TypeAlias = "Callable[[fx.Node], Mapping[str, object] | str]"
 
@@ -24,6 +25,6 @@ class Translation:
     """
 
     name: str
-    target: torch._ops.OpOverload
-    op: torch._ops.OpOverload
+    target: OpOverload
+    op: OpOverload
     arguments: Arguments

@@ -1,7 +1,7 @@
-"""Attention spelled out with softmax, scale, softcap, mask and repeated kv heads (torch's own SDPA is in `torch_ops`).
+"""Attention spelled out with softmax, scale, softcap, mask and repeated kv heads (torch's SDPA: `torch_ops`).
 
-The spelled-out form grows: matmul(q, k^T) becomes `attention_scores`, which swallows a scale, a softcap and a mask, until
-softmax and v make it `attention`. So each rule stays one small equation, whatever the order a model has them in.
+The spelled-out form grows: matmul(q, k^T) becomes `attention_scores`, which swallows a scale, a softcap and a
+mask, until softmax and v make it `attention`. So each rule is one small equation, in whatever order a model has them.
 """
 
 from __future__ import annotations
@@ -82,15 +82,19 @@ def repeated_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Each kv head repeated for the query heads that share it (repeat_kv)."""
     batch, kv_heads, length, k_dim = k.shape
     groups = q.shape[1] // kv_heads
-    repeated_k = k[:, :, None].expand(batch, kv_heads, groups, length, k_dim).reshape(batch, q.shape[1], length, k_dim)
+    repeated_k = k[:, :, None].expand(batch, kv_heads, groups, length, k_dim)
+    repeated_k = repeated_k.reshape(batch, q.shape[1], length, k_dim)
     v_dim = v.shape[3]
-    repeated_v = v[:, :, None].expand(batch, kv_heads, groups, length, v_dim).reshape(batch, q.shape[1], length, v_dim)
+    repeated_v = v[:, :, None].expand(batch, kv_heads, groups, length, v_dim)
+    repeated_v = repeated_v.reshape(batch, q.shape[1], length, v_dim)
     return ops.attention(q, repeated_k, repeated_v, 1.0)
 
 
 def _feeds_softmax(binding: Binding) -> str | None:
     """A product with a transpose is attention only if a softmax follows."""
-    readers = [u for node in binding.nodes.values() for u in node.users if g.is_call(node, aten.matmul.default)]
+    readers = [
+        u for node in binding.nodes.values() for u in node.users if g.is_call(node, aten.matmul.default)
+    ]
     between = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.tanh.default, aten.to.dtype)
     masks = (aten.masked_fill.Scalar, aten.where.self, aten.where.ScalarOther)
     for _ in range(10):
@@ -98,6 +102,12 @@ def _feeds_softmax(binding: Binding) -> str | None:
             return None
         readers = [r for u in readers if g.is_call(u, *between, *masks) for r in u.users]
     return "no softmax follows the product"
+
+
+def _positive(binding: Binding) -> str | None:
+    """The op takes no other cap; one that is a node is known at run time only."""
+    cap = binding.number("cap")
+    return f"the softcap {cap} is not positive" if isinstance(cap, (int, float)) and cap <= 0 else None
 
 
 _QKV = {"q": T("b h s d"), "k": T("b h t d"), "v": T("b h t e")}
@@ -125,67 +135,68 @@ def _whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 RULES = (
-    rule(product_scores, lambda q, k: ops.attention_scores(q, k, 1.0), guard=_feeds_softmax, **_QK),
+    rule(product_scores, lambda q, k: ops.attention_scores(q, k, 1.0), _QK, guard=_feeds_softmax),
     rule(
         multiplied_scores,
         lambda q, k, scale, factor: ops.attention_scores(q, k, scale * factor),
-        **_QK,
+        _QK,
         scale=_SCALE,
         factor=Float(0.7),
     ),
     rule(
         divided_scores,
         lambda q, k, scale, divisor: ops.attention_scores(q, k, scale / divisor),
-        **_QK,
+        _QK,
         scale=_SCALE,
         divisor=Float(4.3),
     ),
     rule(
         scaled_query_scores,
         lambda q, k, scale, factor: ops.attention_scores(q, k, scale * factor),
+        _QK,
         carry=SCORES[1:],
-        **_QK,
         scale=_SCALE,
         factor=Float(0.7),
     ),
     rule(
         divided_query_scores,
         lambda q, k, scale, divisor: ops.attention_scores(q, k, scale / divisor),
+        _QK,
         carry=SCORES[1:],
-        **_QK,
         scale=_SCALE,
         divisor=Float(4.3),
     ),
     rule(
         gemma_softcap,
         lambda q, k, scale, cap: ops.attention_scores(q, k, scale * cap, None, cap),
-        **_QK,
+        _QK,
+        guard=_positive,
         scale=_SCALE,
         cap=Float(50.0),
     ),
     rule(
         added_mask,
         lambda q, k, mask: ops.attention_scores(q, k, 1.0, mask),
+        _QK,
         carry=("scale", "softcap"),
-        **_QK,
         mask=_MASK,
     ),
     rule(
         filled_mask,
         lambda q, k, hidden: ops.attention_scores(q, k, 1.0, ~hidden, None, True),
+        _QK,
         carry=("scale", "softcap"),
-        **_QK,
         hidden=_BOOL,
     ),
     rule(
         infinite_mask,
         lambda q, k, hidden: ops.attention_scores(q, k, 1.0, ~hidden),
+        _QK,
         carry=("scale", "softcap"),
-        **_QK,
         hidden=_BOOL,
     ),
-    rule(softmax_attention, _whole, carry=SCORES, **_QKV),
-    rule(upcast_softmax_attention, _whole, carry=SCORES, **_QKV),
+    rule(softmax_attention, _whole, _QKV, carry=SCORES),
+    rule(upcast_softmax_attention, _whole, _QKV, carry=SCORES),
     rule(
         repeated_heads,
         _whole,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graphopt import graph as g
 from graphopt import ops
 from graphopt.binding import Binding
 from graphopt.rule import T, rule
@@ -23,7 +24,11 @@ def dynamic_cache(cache: Tensor, new: Tensor) -> Tensor:
 def _is_input(binding: Binding) -> str | None:
     """A cache that grows comes from outside; concatenating two computed tensors is something else."""
     node = binding.leaves["cache"]
-    return None if getattr(node, "op", "") == "placeholder" else f"{node} is no input of the graph, so no cache"
+    if g.is_weight(node):
+        return f"{node} is a weight, so no cache"
+    return (
+        None if getattr(node, "op", "") == "placeholder" else f"{node} is no input of the graph, so no cache"
+    )
 
 
 RULES = (

@@ -9,7 +9,7 @@ from graphopt.rule import Int, T, rule
 
 
 def flattened_linear(x: Tensor, weight: Tensor, batch: int, length: int) -> Tensor:
-    """linear(x [batch * length, k]) as [batch, length, n]: the flattening moves above the linear, where it cancels"""
+    """linear(x [batch * length, k]) as [batch, length, n]: the flattening moves above it, where it cancels"""
     return ops.linear(x, weight, None).reshape(batch, length, weight.shape[0])
 
 

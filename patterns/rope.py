@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, RoFormer): half-split, interleaved and partial, on q and k together."""
+"""Rotary position embedding (Su et al. 2021): half-split, interleaved and partial, on q and k together."""
 
 from __future__ import annotations
 
@@ -47,8 +47,10 @@ def _even(binding: Binding) -> str | None:
 _HEADS = {"q": T("b h s d"), "k": T("b hk s d"), "cos": T("b|1 s d"), "sin": T("b|1 s d")}
 
 RULES = (
-    rule(llama_rope, lambda q, k, cos, sin: ops.rope(q, k, cos, sin, cos.shape[-1], False), guard=_even, **_HEADS),
-    rule(cohere_rope, lambda q, k, cos, sin: ops.rope(q, k, cos, sin, cos.shape[-1], True), **_HEADS),
+    rule(
+        llama_rope, lambda q, k, cos, sin: ops.rope(q, k, cos, sin, cos.shape[-1], False), _HEADS, guard=_even
+    ),
+    rule(cohere_rope, lambda q, k, cos, sin: ops.rope(q, k, cos, sin, cos.shape[-1], True), _HEADS),
     rule(
         partial_rope,
         lambda q, k, cos, sin, rotary: ops.rope(q, k, cos, sin, rotary),

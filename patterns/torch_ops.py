@@ -15,18 +15,21 @@ aten = torch.ops.aten
 
 
 def sdpa(node: fx.Node) -> Mapping[str, object] | str:
-    """scaled_dot_product_attention -> attention; `is_causal` counts from the first key, so its offset is 0."""
-    q, k, v = (g.arg(node, name) for name in ("query", "key", "value"))
-    ranks = [g.rank(x) for x in (q, k, v) if isinstance(x, fx.Node)]
+    """scaled_dot_product_attention -> attention; `is_causal` counts from the first key: its offset is 0."""
+    q, k, v = g.arg(node, "query"), g.arg(node, "key"), g.arg(node, "value")
+    assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
+    ranks = [g.rank(x) for x in (q, k, v)]
     if ranks != [4, 4, 4]:
         return f"q, k and v have {ranks} dimensions, not 4"
     if g.arg(node, "dropout_p"):
         return f"dropout {g.arg(node, 'dropout_p')} is on"
-    heads, kv_heads = g.shape(q)[1], g.shape(k)[1]  # type: ignore[arg-type]  # three nodes, see above
+    (batch, heads, *_), (kv_batch, kv_heads, *_), (v_batch, v_heads, *_) = g.shape(q), g.shape(k), g.shape(v)
+    if not g.same_size(kv_heads, v_heads):
+        return f"k has {kv_heads} heads and v {v_heads}"
     if not g.same_size(heads, kv_heads) and not g.arg(node, "enable_gqa"):
         return f"{heads} query heads and {kv_heads} kv heads without enable_gqa"
-    if not g.same_size(g.shape(q)[0], g.shape(k)[0]):  # type: ignore[arg-type]  # as above
-        return "q and k have different batch sizes"
+    if not g.same_size(batch, kv_batch) or not g.same_size(batch, v_batch):
+        return f"q, k and v have the batch sizes {batch}, {kv_batch} and {v_batch}"
     scale = g.arg(node, "scale")
     if scale is None:
         return "the scale depends on a symbolic head_dim"
@@ -45,7 +48,9 @@ def linear(node: fx.Node) -> Mapping[str, object] | str:
 
 def _over_last(node: fx.Node) -> str | None:
     sizes = g.arg(node, "normalized_shape")
-    return None if isinstance(sizes, (list, tuple)) and len(sizes) == 1 else f"it normalises over {sizes}, not one dimension"
+    if isinstance(sizes, (list, tuple)) and len(sizes) == 1:
+        return None
+    return f"it normalises over {sizes}, not one dimension"
 
 
 def layer_norm(node: fx.Node) -> Mapping[str, object] | str:
@@ -73,7 +78,12 @@ def rms_norm(node: fx.Node) -> Mapping[str, object] | str:
 
 def activation(kind: str) -> Callable[[fx.Node], Mapping[str, object] | str]:
     """silu(x) -> activation(x, "silu")"""
-    return lambda node: {"x": node.args[0], "kind": kind}
+
+    def arguments(node: fx.Node) -> Mapping[str, object] | str:
+        dtype = g.dtype(node)
+        return {"x": node.args[0], "kind": kind} if dtype.is_floating_point else f"x is {dtype}, not floating"
+
+    return arguments
 
 
 def gelu(node: fx.Node) -> Mapping[str, object] | str:

@@ -47,12 +47,13 @@ def example(length: int = 5, batch: int = 2) -> torch.Tensor:
 
 @contextmanager
 def counted() -> Iterator[dict[str, int]]:
-    """Counts of the block inside, there when it ends: graphs compiled, weights prepared."""
-    before = len(backend.reports()), backend.STORE.prepared
+    """Counts, there when the block ends: graphs compiled, weights prepared. Forgets older reports."""
+    backend.clear_reports()  # the backend keeps a limited number of them
+    before = backend.STORE.prepared
     counts: dict[str, int] = {}
     yield counts
-    counts["graphs"] = len(backend.reports()) - before[0]
-    counts["prepared"] = backend.STORE.prepared - before[1]
+    counts["graphs"] = len(backend.reports())
+    counts["prepared"] = backend.STORE.prepared - before
 
 
 def agree(ours: torch.Tensor, eager: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Wrong versions of a canonical graph: each differs from it in one place, as a model that is not the pattern does.
+"""Wrong versions of a canonical graph: each differs from it in one place, as a model that is not it does.
 
 mutants(gm) -> (what was changed, graph). A mutant that no longer runs is no model and is left out.
 """

@@ -1,4 +1,4 @@
-"""Inputs for any rule, made from its specs: sizes, dtypes, leading dimensions, broadcast and carried arguments."""
+"""Inputs for any rule, made from its specs: sizes, dtypes, leading dimensions, broadcasts, carried arguments."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from graphopt import graph as g
+from graphopt.binding import evaluate
 from graphopt.capture import capture
 from graphopt.defaults import RULES
-from graphopt.binding import evaluate
 from graphopt.observe import Event, Matched, Refused
 from graphopt.passes.canonicalize import canonicalize
 from graphopt.rewrite import Match, Refusal, Rewriter
@@ -32,7 +32,9 @@ UGLY |= {"rotary": 2, "batch": 3, "length": 7}
 SQUARE = dict.fromkeys(TIDY, 4) | {"hk": 2, "g": 2, "rotary": 2, "batch": 2, "length": 2}
 LOWEST = frozenset(torch.finfo(d).min for d in DTYPES)  # what a hidden score is filled with
 # What a pattern needs around it before its guard lets it fire.
-AROUND: Mapping[str, Callable[[Tensor], Tensor]] = {"product_scores": lambda scores: torch.softmax(scores, -1)}
+AROUND: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "product_scores": lambda scores: torch.softmax(scores, -1)
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class Point:
     sizes: Mapping[str, int]
     lead: tuple[int, ...] = (2, 3)  # what a leading `...` is
     ones: bool = False  # whether dimensions that may be broadcast are 1
-    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # of dtype variables; fp32 where not given
+    dtypes: Mapping[str, torch.dtype] = field(
+        default_factory=dict
+    )  # of dtype variables; fp32 where not given
 
     def shape(self, spec: T) -> tuple[int, ...]:
         """A tensor parameter's sizes."""
@@ -63,7 +67,9 @@ class Point:
 
     def dtype(self, spec: T) -> torch.dtype:
         """A tensor parameter's dtype."""
-        return self.dtypes.get(spec.dtype, torch.float32) if len(spec.dtype) == 1 else getattr(torch, spec.dtype)
+        return (
+            self.dtypes.get(spec.dtype, torch.float32) if len(spec.dtype) == 1 else getattr(torch, spec.dtype)
+        )
 
 
 def tensors(rule: Rule) -> dict[str, T]:
@@ -78,7 +84,7 @@ def dimensions(rule: Rule) -> tuple[str, ...]:
 
 
 def points(rule: Rule, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, Point]]:
-    """Every point worth a try: tidy, ugly, all alike, each dimension 1, each rank of `...`, broadcasts at 1."""
+    """Every point worth a try: tidy, ugly, all alike, each dimension 1, ranks of `...`, broadcasts at 1."""
     for label, sizes in (("tidy", TIDY), ("ugly", UGLY), ("square", SQUARE)):
         yield label, Point(sizes, dtypes=dtypes)
     for name in dimensions(rule):
@@ -115,7 +121,9 @@ def _tensor(shape: tuple[int, ...], dtype: torch.dtype, random: torch.Generator)
         return torch.randn(shape, generator=random, dtype=torch.float32).to(dtype)
     if dtype == torch.bool:
         hidden = torch.rand(shape, generator=random) < 0.5
-        return hidden & (torch.arange(shape[-1]) > 0)  # every row keeps a key: eager's rows without one are nan
+        return hidden & (
+            torch.arange(shape[-1]) > 0
+        )  # every row keeps a key: eager's rows without one are nan
     return torch.randperm(math.prod(shape), generator=random).reshape(shape)
 
 
@@ -137,7 +145,14 @@ def _attention_arguments(v: Values) -> tuple[dict[str, object], list[dict[str, o
     additive = torch.randn((b, h, s, t), generator=random).to(q.dtype)
     plain = {"scale": 1.0, "causal": False, "offset": 0, "empty_rows_mean": False}
     plain |= dict.fromkeys(("offset_tensor", "window", "key_padding", "bias", "softcap", "sinks"))
-    everything = {"causal": True, "offset": 1, "key_padding": padding, "bias": additive, "softcap": 5.0, "scale": 0.3}
+    everything = {
+        "causal": True,
+        "offset": 1,
+        "key_padding": padding,
+        "bias": additive,
+        "softcap": 5.0,
+        "scale": 0.3,
+    }
     return plain, [
         {"scale": 0.375},
         {"causal": True, "offset": 1},
@@ -197,18 +212,26 @@ def carried(rule: Rule, side: Side, values: Values) -> list[dict[str, object]]:
     op = next(p.target for p in side.parts if any(isinstance(a, Carried) for a in p.args))
     plain, others = CARRIED[str(g.base_name(op))](values)
     plain = {name: plain[name] for name in rule.carry}
-    chosen = [{n: c for n, c in other.items() if n in rule.carry} for other in others if set(other) & set(rule.carry)]
+    chosen = [
+        {n: c for n, c in other.items() if n in rule.carry}
+        for other in others
+        if set(other) & set(rule.carry)
+    ]
     return [plain, *(plain | choice for choice in chosen)]
 
 
 # ----------------------------------------------------------------------------------------- running one side
 
 
-def run(side: Side, values: Values, at: Point, open_: Values, rule: Rule, *, raised: bool = False) -> tuple[Tensor, ...]:
+def run(
+    side: Side, values: Values, at: Point, open_: Values, rule: Rule, *, raised: bool = False
+) -> tuple[Tensor, ...]:
     """A traced side on values, its literals evaluated at the point; with `raised`, all floats are fp64."""
     names: dict[str, object] = {**at.sizes, **{k: v for k, v in values.items() if not isinstance(v, Tensor)}}
     for spec in tensors(rule).values():
-        names |= {w: 1 if at.ones else at.size(w) for w in spec.dims.split() if w.endswith("|1") and w[:3] != "..."}
+        names |= {
+            w: 1 if at.ones else at.size(w) for w in spec.dims.split() if w.endswith("|1") and w[:3] != "..."
+        }
     made: dict[Part, object] = {}
 
     def up(value: object) -> object:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention
 from torch import nn
 
 import graphopt
@@ -169,6 +170,36 @@ def test_what_we_cannot_do_goes_to_inductor_under_enable(monkeypatch: pytest.Mon
     with pytest.warns(UserWarning, match="torch.no_grad"), torch.enable_grad():
         torch.compile(nn.Linear(3, 2), backend="graphopt")(x)
     assert len(taken) == 1, "asked for by name, the original runs"
+
+
+def test_where_inductor_fails_too_the_original_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(gm: torch.fx.GraphModule, examples: list[object]) -> object:
+        for node in gm.graph.nodes:
+            node.args = ()
+        raise IndexError("no such dimension")
+
+    monkeypatch.setattr(backend.torch_private, "inductor", broken)
+
+    def unknown(x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+
+    x = example()
+    eager = unknown(x)  # out here, as it compiles itself
+    with graphopt.enable(), pytest.warns(UserWarning) as caught:
+        assert torch.equal(torch.compile(unknown)(x), eager)
+    messages = [m for w in caught if "original" in (m := str(w.message)) or "Inductor" in m]
+    assert len(messages) == 2 and "'cond' is not supported" in messages[0]
+    assert messages[1] == "Inductor fails too (IndexError: no such dimension): the program runs in eager"
+
+
+def test_an_unknown_operator_is_right_under_enable() -> None:
+    flex_attention = torch.nn.attention.flex_attention.flex_attention
+    q = torch.randn(1, 2, 8, 16)
+    eager = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    with graphopt.enable(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        agree(torch.compile(flex_attention)(q, q, q), eager)
+        agree(flex_attention(q, q, q), eager)  # compiles itself, which Inductor cannot
 
 
 # ------------------------------------------------------------------------------------------------ optimize

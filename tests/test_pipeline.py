@@ -156,9 +156,10 @@ def test_fuel_and_deny_limit_what_is_rewritten_and_leave_the_context_alone() -> 
 def test_the_store_of_the_context_holds_what_is_prepared() -> None:
     model, x = block(), example()
     ctx = defaults.context()
-    program, _ = defaults.pipeline().run(graphopt.capture(model, x), ctx)
+    program, report = defaults.pipeline().run(graphopt.capture(model, x), ctx)
     program(x), program(x)
-    assert ctx.store.prepared == len(ctx.store) == MERGED
+    assert ctx.store.prepared == len(ctx.store) == MERGED == report.weights_prepared
+    assert ctx.store.bytes == report.weights_prepared_bytes == 4 * 20 * (3 * 20 + 2 * 33)
 
 
 def test_observers_see_each_pass_with_its_graph() -> None:

@@ -1,4 +1,4 @@
-"""Every rule of the default table: its equation holds, it fires on its own pattern, it refuses what is not its pattern."""
+"""Every rule of the default table: its equation holds, it fires on its own pattern, it refuses all else."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from graphopt.accuracy import HALF, judge, raise_to_fp64
-from graphopt.rule import Rule, Variant, variants
 from graphopt import graph as g
+from graphopt.accuracy import HALF, judge, raise_to_fp64
 from graphopt.defaults import RULES
 from graphopt.match import VIEWS
+from graphopt.rule import Rule, Variant, variants
 from tests.mutations import mutants, read_outside
 from tests.rule_cases import (
     DTYPES,
@@ -41,7 +41,13 @@ UNFIRED = frozenset(
     }
 )
 # The same dtype everywhere, and the mixtures that models have: fp32 norm weights with half activations.
-PRESENT = ((torch.float64,), (torch.float32,), (torch.bfloat16,), (torch.float16,), (torch.float32, torch.bfloat16))
+PRESENT = (
+    (torch.float64,),
+    (torch.float32,),
+    (torch.bfloat16,),
+    (torch.float16,),
+    (torch.float32, torch.bfloat16),
+)
 
 
 def of_dtypes(rule: Rule) -> list[Variant]:
@@ -56,8 +62,10 @@ def lowest(dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
 
 
 def agree(exact: Tensor, eager: Tensor, ours: Tensor, dtype: torch.dtype, where: str) -> None:
-    """Element by element in full precision; in half, ours may be as far from fp64 as eager is (sums are rounded)."""
-    exact, eager, ours = (x.masked_fill(x == torch.finfo(x.dtype).min, -torch.inf) for x in (exact, eager, ours))
+    """Element by element in full precision; in half, ours may be as far from fp64 as eager is."""
+    exact, eager, ours = (
+        x.masked_fill(x == torch.finfo(x.dtype).min, -torch.inf) for x in (exact, eager, ours)
+    )
     if dtype in HALF:
         verdict = judge(exact.double(), eager, ours, dtype)
         assert verdict.ok, f"{where}: {verdict}"
@@ -70,7 +78,7 @@ def agree(exact: Tensor, eager: Tensor, ours: Tensor, dtype: torch.dtype, where:
 
 @by_rule
 def test_equation_holds(rule: Rule) -> None:
-    """Both sides agree with the pattern in fp64, in shape and dtype, at every point and with every carried argument."""
+    """Both sides agree with the pattern in fp64, in shape and dtype, at every point, with carried arguments."""
     tried = 0
     for variant in of_dtypes(rule):
         dtypes = dict(variant.dtypes)
@@ -110,10 +118,11 @@ def test_traces_are_the_functions(rule: Rule) -> None:
 
 # --------------------------------------------------------------------------------------------------- firing
 
+
 @by_rule
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fires_on_its_own_pattern(rule: Rule, dtype: torch.dtype) -> None:
-    """At every point the rule turns its own pattern into its replacement, with the same numbers, and only once."""
+    """At every point the rule turns its own pattern into its replacement, to the same numbers, once."""
     for label, at in points(rule, dict.fromkeys(rule.dtype_variables(), dtype)):
         values = arguments(rule, at)
         model, inputs = pattern_of(rule, values)
@@ -151,7 +160,7 @@ def numbers(gm: fx.GraphModule, inputs: list[Tensor]) -> list[Tensor]:
 
 @by_rule
 def test_no_mutant_of_the_pattern_becomes_something_else(rule: Rule) -> None:
-    """Wherever a rule, or the whole table, fires on a mutant of the pattern, the mutant's numbers and dtypes stay."""
+    """Wherever a rule, or the whole table, fires on a mutant of the pattern, its numbers and dtypes stay."""
     refused = 0
     for sizes, dtype in ((SQUARE, torch.float32), (TIDY, torch.float32), (SQUARE, torch.bfloat16)):
         at = Point(sizes, lead=(4,), dtypes=dict.fromkeys(rule.dtype_variables(), dtype))

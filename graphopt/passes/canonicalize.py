@@ -149,18 +149,35 @@ class Speller:
 
     def output(self, node: fx.Node) -> None:
         """The outputs; two that were different memory in eager stay different memory."""
-        taken: dict[fx.Node, int | None] = {n: storage(g.val(n)) for n in g.placeholders(self.graph)}
+        owners: dict[fx.Node, int | None] = {n: storage(g.val(n)) for n in g.placeholders(self.graph)}
+        copies: dict[int | None, fx.Node] = {}  # memory -> the copy that stands for it
 
         def fresh(old: fx.Node) -> object:
             new = self.argument(old)
             if not isinstance(new, fx.Node) or not g.is_tensor(new):
                 return new
             source, memory = root(new), storage(g.val(old))
-            owner = taken.setdefault(source, memory)
-            return self.private(new, old) if source.op == "get_attr" or owner != memory else new
+            if source.op != "get_attr" and owners.setdefault(source, memory) == memory:
+                return new
+            return self.apart(old, copies)
 
         new = self.graph.create_node("output", "output", fx.node.map_arg(node.args, fresh))  # type: ignore[arg-type]
         new.meta.update(node.meta)
+
+    def apart(self, old: fx.Node, copies: dict[int | None, fx.Node]) -> Result:
+        """An output in memory of its own, or of the outputs that it shared memory with in eager."""
+        memory = storage(g.val(old))
+        views = [old]
+        while (base := viewed(views[-1])) is not None and storage(g.val(base)) == memory:
+            views.append(base)
+        if memory not in copies:
+            value = self.argument(views[-1])
+            assert isinstance(value, fx.Node)
+            copies[memory] = self.private(value, views[-1])
+        self.env[views[-1]] = copies[memory]
+        for view in reversed(views[:-1]):
+            self.env[view] = self.call(view)
+        return self.env[old]
 
     def private(self, value: fx.Node, like: fx.Node) -> fx.Node:
         """A copy of a value as it is before any input is written."""

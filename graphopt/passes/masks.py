@@ -1,4 +1,4 @@
-"""Masks as arguments: attention(…, bias=mask) -> attention(…, causal, offset, window, key_padding, bias=what is left)."""
+"""Masks as arguments: attention(…, bias=mask) -> attention(…, causal, offset, window, key_padding, bias=rest)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ RULE = "mask"
 
 
 def read_masks(gm: fx.GraphModule, observers: Sequence[Observer], deny: frozenset[str]) -> int:
-    """Classify the mask of every attention and move what is certain into arguments; returns how many were read. The caller recompiles.
+    """Classify the mask of every attention and move what is certain into arguments; returns how many were read.
 
-    A mask that layers share is classified, proved and rebuilt once.
+    A mask that layers share is classified, proved and rebuilt once. The caller recompiles the module.
     """
     known: dict[object, MaskForm | str] = {}
     made: dict[MaskForm, MaskArguments] = {}
@@ -34,13 +34,28 @@ def read_masks(gm: fx.GraphModule, observers: Sequence[Observer], deny: frozense
         batch, heads, queries, _ = g.shape(q)
         form = classify(mask, (batch, heads, queries, g.shape(k)[2]), known)  # type: ignore[arg-type]  # its own cache
         identity = f"{RULE}@{g.module_path(node) or '-'}#{mask.name}"
-        reason = form if isinstance(form, str) else "denied" if identity in deny else form.note if form.whole else ""
+        reason = (
+            form
+            if isinstance(form, str)
+            else "denied"
+            if identity in deny
+            else form.note
+            if form.whole
+            else ""
+        )
         if reason or isinstance(form, str):
             emit(observers, Refused(Refusal(RULE, node.name, g.module_path(node), g.source(mask), reason, 1)))
             continue
         _apply(node, arguments(form, made))
         read += 1
-        found = Match(identity, RULE, g.module_path(node), f"{describe(form)}  {g.source(mask)}", (mask.name,), (node.name,))
+        found = Match(
+            identity,
+            RULE,
+            g.module_path(node),
+            f"{describe(form)}  {g.source(mask)}",
+            (mask.name,),
+            (node.name,),
+        )
         emit(observers, Matched(found))
     if read:
         g.eliminate_dead_code(gm.graph)
@@ -59,4 +74,4 @@ def _apply(node: fx.Node, given: MaskArguments) -> None:
         "empty_rows_mean": given.empty_rows_mean or g.arg(node, "empty_rows_mean"),
     }
     names = g.argument_names(ops.attention.overload)
-    node.args = tuple(changed.get(name, value) for name, value in zip(names, node.args, strict=True))  # type: ignore[arg-type]
+    node.args = tuple(changed.get(name, value) for name, value in zip(names, node.args, strict=True))

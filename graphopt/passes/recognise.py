@@ -1,4 +1,4 @@
-"""Recognise: canonical ATen -> the vocabulary, by rules; then each mask becomes arguments of the attention it masks."""
+"""Recognise: canonical ATen -> the vocabulary, by rules; then each mask becomes arguments of its attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recognise:
-    """softmax(q @ k^T * s + mask) @ v -> attention(q, k, v, s, causal=…), and so on for every rule of the context.
+    """softmax(q @ k^T * s + mask) @ v -> attention(q, k, v, s, causal=…), and so on for each rule.
 
     Rules run to a fixpoint; of two matches of which one contains the other, the larger is taken.
     """

@@ -1,4 +1,4 @@
-"""The main job: a trained encoder and a generating decoder, compiled, compared with eager, every line measured now."""
+"""The main job: a trained encoder and a generating decoder, compared with eager, all measured now."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from graphopt.errors import GraphoptError
 from graphopt.report import Report
 from graphopt.tools import demo_models as models
 from graphopt.tools.demo_clock import Comparison, compare, processor, threads
-from graphopt.tools.demo_watch import Watched, calls_in, layer_diff, operators
+from graphopt.tools.demo_watch import calls_in, layer_diff, operators, watched_step
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -73,11 +73,12 @@ class Show:
 def main() -> None:
     """Run both parts and print; exits with status 1 if a check fails."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: the weights are in a package
-    warnings.filterwarnings("ignore", message=".*lru_cache.*")  # torch's tracer, about transformers' own cache
+    warnings.filterwarnings("ignore", message=".*lru_cache.*")  # torch's tracer, about transformers' code
     start = time.perf_counter()
     show = Show()
     try:
-        show.console.print(Text(f"graphopt {version('graphopt')} on torch {torch.__version__}, {processor()}"))
+        title = f"graphopt {version('graphopt')} on torch {torch.__version__}, {processor()}"
+        show.console.print(Text(title))
         encoder(show)
         decoder(show)
     except GraphoptError as error:
@@ -95,7 +96,7 @@ def _verdict(show: Show) -> str:
 
 
 def encoder(show: Show) -> None:
-    """MiniLM through sentence-transformers: a page of sentences of unequal length, against the unmodified model."""
+    """MiniLM through sentence-transformers: a page of sentences, against the unmodified model."""
     show.title("1  MiniLM, a trained sentence encoder, through sentence-transformers")
     plain, ours, page = models.encoder(), models.encoder(), models.sentences()
     ours.compile(backend="graphopt", dynamic=True, options=STRICT)
@@ -136,11 +137,13 @@ def decoder(show: Show) -> None:
     """A Llama that generates with a static cache: the same tokens as eager, and what became of a layer."""
     model = models.llama()
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    show.title(f"2  A Llama of {models.LAYERS} layers ({size:.0f} M weights), HF generate with a static cache")
+    show.title(f"2  A Llama of {models.LAYERS} layers, {size:.0f} M weights: HF generate with a static cache")
     measured = models.spread(model, models.prompts(1)[0])
     low, high = min(measured.attention), max(measured.attention)
-    text = f"attention logits have a standard deviation of {low:.1f} to {high:.1f}, outputs of {measured.outputs:.1f}"
-    show.check("weights", 1 <= low and high <= 3 and 0.5 <= measured.outputs <= 2, text)
+    text = (
+        f"standard deviation of attention logits {low:.1f} to {high:.1f}, of outputs {measured.outputs:.1f}"
+    )
+    show.check("weights", low >= 1 and high <= 3 and 0.5 <= measured.outputs <= 2, text)
     _generation(show, model)
     _layer(show, model)
 
@@ -200,20 +203,19 @@ def _decoder_parts(model: LlamaForCausalLM) -> dict[str, tuple[str, int]]:
 
 def _layer(show: Show, model: LlamaForCausalLM) -> None:
     """Calls of a decoder layer before and after, and its diff; identical layers are shown once."""
-    watched, prompt = Watched(), models.prompts(1)[0]
-    cache = models.cache_after(model, prompt)
-    token = {"input_ids": prompt[:, :1], "past_key_values": cache}
-    token["attention_mask"] = torch.ones(1, models.PROMPT + 1, dtype=torch.long)
-    with torch.no_grad():
-        torch.compile(model, backend=watched)(**token)
+    watched, token = watched_step(model)
     middle = f"model.layers.{models.LAYERS // 2}"
     before, after = (calls_in(watched.graphs[stage], middle) for stage in ("captured", "lower"))
-    text = f"{before.total} calls ({before.views} views) in the captured graph, {after.total} ({after.views} views) lowered"
+    text = (
+        f"{before.total} calls captured ({before.views} views), {after.total} lowered ({after.views} views)"
+    )
     show.check("a layer", after.total < before.total, text)
     eager, ours = operators(lambda: model(**token)), operators(watched.again)
     show.check("operators", ours < eager, f"{eager} run in a decode step of eager, {ours} in ours")
     show.console.print()
-    show.console.print(Text("   What the rules did to a decoder layer (graphopt.diff, identical layers once):"))
+    show.console.print(
+        Text("   A decoder layer before and after the rules (graphopt.diff, equal layers once):")
+    )
     lines = list(layer_diff(watched.graphs["canonicalize"], watched.graphs["merge"], middle, models.LAYERS))
     for line in lines:
         line.truncate(show.console.width - 4, overflow="ellipsis")
@@ -229,7 +231,8 @@ def _coverage(show: Show, reports: tuple[Report, ...], parts: Mapping[str, tuple
     complete = bool(reports)
     found: dict[str, int] = {}
     for report in reports:
-        found = {part: sum(report.counts.get(op, 0) for op in ops.split()) for part, (ops, _) in parts.items()}
+        counts = report.counts
+        found = {part: sum(counts.get(op, 0) for op in ops.split()) for part, (ops, _) in parts.items()}
         complete = complete and all(found[part] == number for part, (_, number) in parts.items())
     text = ", ".join(f"{found.get(part, 0)} of {number} {part}" for part, (_, number) in parts.items())
     show.check("recognised", complete, text)

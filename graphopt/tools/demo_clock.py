@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +28,7 @@ class Comparison:
 
     @property
     def speedup(self) -> float:
-        """How many times faster b is: the median of the turns' ratios, in which a busy moment hits both sides."""
+        """How many times as fast b is: the median of the turns' ratios, as a busy moment hits both sides."""
         return statistics.median(a / b for a, b in zip(self.a, self.b, strict=True))
 
 
@@ -64,10 +66,7 @@ def threads(number: int) -> Iterator[None]:
 
 
 def processor() -> str:
-    """The processor's name and number of cores, as Linux tells them: "AMD EPYC (family 26, model 2), 2 cores"."""
-    import os
-    import platform
-
+    """The processor's name and number of cores: "AMD EPYC (family 26, model 2), 2 cores"."""
     fields: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""The demo's models and inputs: a trained sentence encoder, a page of sentences, and a Llama of random weights."""
+"""The demo's models and inputs: a trained encoder, a page of sentences, a Llama of random weights."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ VOCABULARY = 8192
 PAGE = """\
 The harbour froze in the second week of January.
 Nobody had expected it.
-Old people said that it had happened once before, in the winter when the bridge was built, and that then, too, the \
-gulls had walked about on the ice as if they owned it.
+Old people said that it had happened once before, in the winter when the bridge was built, and that then, \
+too, the gulls had walked about on the ice as if they owned it.
 For nine days no boat came in or went out.
 The baker ran out of yeast on the third.
-By the fifth day the children had worn a road across the ice, from the steps of the customs house to the lighthouse, \
-and along it stood two stalls that sold soup.
+By the fifth day the children had worn a road across the ice, from the steps of the customs house \
+to the lighthouse, and along it stood two stalls that sold soup.
 Soup was all there was.
-The schoolteacher measured the ice each morning with a brace and bit, wrote the figure on a slate, and hung the slate \
-on the railing outside the library.
+The schoolteacher measured the ice each morning with a brace and bit, wrote the figure on a slate, and \
+hung the slate on the railing outside the library.
 Eleven centimetres.
 Thirteen.
 On Thursday somebody drove a car on it, which was forbidden afterwards.
@@ -41,8 +41,8 @@ That is why old sea ice can be melted and drunk.
 The library lent out every book on polar travel that it had.
 Three of them came back with soup on the pages.
 In the evenings the ice spoke.
-It groaned, cracked like a whip, and sometimes sang one long falling note that ran from one side of the bay to the \
-other in the time that it takes to lift your head.
+It groaned, cracked like a whip, and sometimes sang one long falling note that ran from one side of the \
+bay to the other in the time that it takes to lift your head.
 Sound travels faster through ice than through air, and the high tones arrive first.
 So a single crack, heard from far away, becomes a whistle that falls.
 My sister recorded it.
@@ -53,8 +53,8 @@ Rain is worse for ice than sunshine.
 The slate said seven, then four, and then the teacher took it indoors.
 At noon the ferry's horn sounded from behind the headland.
 Everybody who could walk went down to the quay.
-She came in slowly, with broken plates of ice sliding up her bow and over one another, and on her foredeck, in a crate \
-lashed down with yellow rope, stood forty kilograms of yeast.
+She came in slowly, with broken plates of ice sliding up her bow and over one another, and on her foredeck, \
+in a crate lashed down with yellow rope, stood forty kilograms of yeast.
 There was bread by six.
 The price of a loaf did not change, although it might have.
 What remains of that winter is mostly numbers: nine days, thirteen centimetres, one car, forty kilograms.
@@ -68,7 +68,7 @@ Usually it is zero."""
 
 
 def sentences() -> list[str]:
-    """The page's sentences; the shortest has one word, the longest 44."""
+    """The page's sentences; the shortest has one word, the longest 34."""
     return PAGE.splitlines()
 
 
@@ -91,7 +91,7 @@ def encoder() -> SentenceTransformer:
 
 
 def llama() -> LlamaForCausalLM:
-    """A Llama of 8 layers, 512 wide, with 8 query heads on 2 key-value heads, and random weights that let errors show.
+    """A Llama of 8 layers, 512 wide, with 8 heads on 2 key-value heads; its random weights let errors show.
 
     A matrix gets a variance of 1 / inputs, so that everything behind a norm has a standard deviation near 1,
     logits of the vocabulary too; queries are then doubled, for attention logits of a deviation near 2. With
@@ -161,7 +161,7 @@ def spread(model: LlamaForCausalLM, prompt: torch.Tensor) -> Spread:
 
 
 def cache_after(model: LlamaForCausalLM, prompt: torch.Tensor) -> StaticCache:
-    """A static cache that holds a prompt [1, 48] and has room for the tokens that follow; the model runs eagerly."""
+    """A static cache that holds a prompt [1, 48] and has room for `NEW` tokens; the model runs eagerly."""
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config, max_cache_len=PROMPT + NEW)

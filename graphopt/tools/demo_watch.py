@@ -1,4 +1,4 @@
-"""One compiled call with its graphs kept, and numbers about them: calls a layer, operators a step, a layer's diff."""
+"""A compilation with its graphs kept, and what to tell of it: calls of a layer, operators, a diff."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from graphopt import graph as g
 from graphopt.capture import from_dynamo
 from graphopt.defaults import context, pipeline
 from graphopt.report import Report
+from graphopt.tools import demo_models as models
 from graphopt.tools.diff import Hunk, diff
 from graphopt.tools.snapshots import Snapshots
 
 if TYPE_CHECKING:
     from rich.text import Text
+    from transformers import LlamaForCausalLM
 
 # Torch-level calls that only say how to look at a tensor; slices are spelled as indexing.
 VIEWS = ("reshape", "permute", "expand", "view", "transpose", "unsqueeze", "slice", "getitem", "alias")
@@ -60,6 +62,21 @@ class Watched:
         return self.run(*self.arguments)
 
 
+def watched_step(model: LlamaForCausalLM) -> tuple[Watched, dict[str, object]]:
+    """One decode step with a static cache, compiled and run, and the keyword arguments of its call."""
+    prompt = models.prompts(1)[0]
+    token = {
+        "input_ids": prompt[:, :1],
+        "attention_mask": torch.ones(1, models.PROMPT + 1, dtype=torch.long),
+        "past_key_values": models.cache_after(model, prompt),
+    }
+    watched = Watched()
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=watched)(**token)
+    return watched, token
+
+
 class _Operators(TorchDispatchMode):
     """Counts the ATen operators that run."""
 
@@ -90,7 +107,7 @@ class Calls:
 
 
 def calls_in(gm: fx.GraphModule, path: str) -> Calls:
-    """The calls that belong to the module at a path and to those in it; picking one of several outputs is none."""
+    """The calls of the module at a path and of those in it; picking one of several outputs is none."""
     inside = [
         n for n in gm.graph.nodes
         if g.is_call(n) and n.target not in g.SIZE_OPS and not _picks(n)
@@ -122,7 +139,7 @@ def layer_diff(before: fx.GraphModule, after: fx.GraphModule, layer: str, layers
         times = len(hunk.places)
         if times < layers - 1 or not _in_layer(hunk, layer) or not (hunk.added or hunk.removed):
             continue
-        yield Text(f"@@ {_place(hunk)}  x {times}" + (f"  {hunk.rule}" if hunk.rule else ""), style="bold cyan")
+        yield Text(f"@@ {_place(hunk)}  x {times}  {hunk.rule}".rstrip(), style="bold cyan")
         if hunk.removed:
             yield Text(f"- {_tally(hunk.removed)}", style="red")
         yield from (Text(f"+ {_call(line)}", style="green") for line in hunk.added if "getitem(" not in line)

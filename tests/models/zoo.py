@@ -301,6 +301,6 @@ def reports_of(call: Callable[[], Result]) -> tuple[Result, list[Report]]:
     """What a call returns, and the reports of the graphs that the backend compiled during it."""
     from graphopt import backend
 
-    before = len(backend.reports())
+    backend.clear_reports()  # the backend keeps a limited number of them
     result = call()
-    return result, list(backend.reports()[before:])
+    return result, list(backend.reports())
