@@ -54,9 +54,10 @@ def models() -> str:
     step = next(r for r in result["rows"] if r["backend"] == "graphopt" and "gigabytes_per_second" in r)
     threads = result["threads"]
     note = (
-        f"{machine(result)}; fp32, {threads} thread{'s' if threads > 1 else ''}, medians of "
-        f"{result['turns']} interleaved turns. The decode step reads {result['step_megabytes']:.0f} MB of "
-        f"weights, at {step['gigabytes_per_second']:.1f} GB/s; copying (reads and writes) runs at "
+        f"{machine(result)}; fp32, {threads} thread{'s' if threads > 1 else ''}, {result['clock']}, "
+        f"medians of {result['turns']} interleaved turns. The decode step reads "
+        f"{result['step_megabytes']:.0f} MB of weights, at {step['gigabytes_per_second']:.1f} GB/s; copying "
+        "(reads and writes) runs at "
         f"{result['copy']:.1f} GB/s."
     )
     return markdown(("", "eager", "compiled", "speed-up"), rows, note)

@@ -20,7 +20,7 @@ from graphopt import graph as g
 from graphopt import torch_private
 from graphopt.aliasing import written_inputs
 from graphopt.errors import CaptureRefused, WeightError
-from graphopt.tracing import Door, first_line, trace
+from graphopt.tracing import Door, check_inputs, first_line, trace
 
 Flat: TypeAlias = "list[object]"
 Find: TypeAlias = "Callable[[str], object]"  # the tensor that a weight's name stands for now
@@ -156,6 +156,7 @@ def _from_function(
 ) -> Captured:
     """A plain function of tensors: every tensor argument is an input, what it closes over is a constant."""
     flat, in_spec = torch_private.tree_flatten((args, dict(kwargs)))
+    check_inputs(flat)
     mode = torch_private.fake_mode_of(flat) or torch_private.new_fake_mode()
     out_spec: list[torch_private.TreeSpec] = []
 
@@ -197,11 +198,19 @@ def _weight_name(source: str) -> tuple[str, ...]:
 
 
 def _name_weights(gm: fx.GraphModule, names: Sequence[tuple[str, ...]]) -> None:
-    """Mark the placeholders that are weights, with readable names; one that the graph writes is an input instead."""
+    """Mark the placeholders that are weights, with readable names; one that the graph writes is an input instead.
+
+    Tied weights are read from the first of their placeholders.
+    """
     written = written_inputs(gm.graph)
+    first: dict[tuple[str, ...], fx.Node] = {}
     for node, weight in zip(g.placeholders(gm.graph), names, strict=True):
         if not weight or node in written:
             continue
+        if weight in first:
+            node.replace_all_uses_with(first[weight])
+            continue
+        first[weight] = node
         node.meta["weight"] = weight
         with gm.graph.inserting_before(node):
             node._rename(re.sub(r"\W", "_", weight[0]))

@@ -1,8 +1,8 @@
 """Find where a rule's pattern occurs. Pure: graphs are read, never edited.
 
-The matcher starts at the pattern's first output (its anchor) and walks up the data flow with a stack of goals.
-Commutative operands are choice points with an undoable trail, so a wrong first guess is taken back wherever
-it shows; a step bound makes it total. A failure is a value: the deepest place, and why it went no further.
+The matcher starts at the pattern's first output (its anchor) and walks up the data flow with a stack of
+goals. Commutative operands are choice points with an undoable trail, so a wrong first guess is taken back
+wherever it shows; a step bound makes it total. A failure is a value: the deepest place, and why.
 """
 
 from __future__ import annotations
@@ -120,7 +120,10 @@ class _Attempt:
     def either(self, want: Part, have: fx.Node, rest: Goals, done: int) -> bool:
         """Both orders of two operands."""
         (a, b), (x, y) = want.args[:2], have.args[:2]
-        if _cannot_be(a, x) or _cannot_be(b, y):
+        wrong = (a, x) if _cannot_be(a, x) else (b, y) if _cannot_be(b, y) else None
+        if wrong is not None and (_cannot_be(a, y) or _cannot_be(b, x)):
+            return self.unifier.stop(*wrong, "")
+        if wrong is not None:
             return self.solve(((a, y), ((b, x), rest)), done)
         mark = len(self.unifier.trail)
         if self.solve(((a, x), ((b, y), rest)), done):
@@ -145,7 +148,7 @@ class _Attempt:
         return False
 
     def candidates(self, part: Part) -> Iterator[fx.Node]:
-        """Model nodes that could be `part`: below a bound ancestor, through readers of the right operators."""
+        """Model nodes that could be `part`: below a bound ancestor, by readers of the right operators."""
         path = self.path_from_bound(part)
         if path is None:
             return

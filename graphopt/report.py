@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 RECOGNISED = "recognise"  # the pass whose graph is counted
 MERGED = "merge"  # where no pass has that name: the graph that this pass is given
 COLOURS = {"recognised": "green", "warning": "yellow", "not optimised": "bold red", "near miss": "magenta"}
+NEAR = 3  # a miss with fewer matched parts, at a node that another rule made, is not worth a line of the summary
 SHOWN_MISSES = 5  # the summary's; the report keeps the nearest miss of every rule
 
 
@@ -132,7 +133,9 @@ class Report:
         """Near misses, furthest first; not of rules that matched, nor at nodes that another rule took."""
         matched = {m.rule for m in self.matches}
         taken = {name for m in self.matches for name in m.nodes}
+        made = {name for m in self.matches for name in m.new_nodes}
         left = [r for r in self.near_misses.values() if r.rule not in matched and r.node not in taken]
+        left = [r for r in left if r.depth >= NEAR or r.node not in made]
         return sorted(left, key=lambda r: -r.depth)[:SHOWN_MISSES]
 
 

@@ -1,7 +1,7 @@
 """Edit a graph for a rule: the only code that does. What must hold at every edit is checked here, once.
 
 An edit happens only if no inner value of the match is read from outside, everything the new nodes read comes
-before everything that reads them, and the match's id is not denied. New nodes carry their origin, module path,
+before everything that reads them, and the match's id is not denied. New nodes carry origin, module path,
 source line and abstract value.
 """
 
@@ -19,7 +19,7 @@ from graphopt import torch_private
 from graphopt.binding import Binding, Miss
 from graphopt.match import match, outside_reader
 from graphopt.observe import Matched, Observer, Refused, emit
-from graphopt.rule import Part, Rule, Variant, variants
+from graphopt.rule import Canonicalise, Part, Rule, Variant, variants
 from graphopt.rule_trace import needed_targets
 from graphopt.template import Template, fake_result
 from graphopt.translate import Translation
@@ -63,12 +63,15 @@ class Rewriter:
 
     gm: fx.GraphModule
     rules: tuple[Rule | Translation, ...]
+    canonicalise: Canonicalise
     observers: tuple[Observer, ...] = ()
     deny: frozenset[str] = frozenset()
     fuel: int | None = None
     ids: dict[str, int] = field(default_factory=dict)
     index: dict[object, list[Variant | Translation]] = field(default_factory=dict)  # by the anchor's operator
     misses: dict[tuple[str, fx.Node], Miss] = field(default_factory=dict)
+    denied: dict[tuple[str, fx.Node], Miss] = field(default_factory=dict)
+    spared: set[fx.Node] = field(default_factory=set)  # what denied matches would replace: no smaller one may
 
     def run(self) -> int:
         """Sweep to a fixpoint; returns how many matches were applied. The caller recompiles the module.
@@ -103,8 +106,8 @@ class Rewriter:
         for rule in self.rules:
             if isinstance(rule, Translation):
                 found.setdefault(rule.target, []).append(rule)
-            elif needed_targets(rule) <= targets:
-                for variant in variants(rule, dtypes):
+            elif needed_targets(rule, self.canonicalise) <= targets:
+                for variant in variants(rule, dtypes, self.canonicalise):
                     found.setdefault(variant.anchor.target, []).append(variant)
         return found
 
@@ -154,8 +157,9 @@ class Rewriter:
             self.misses[rule, node] = miss
 
     def report_misses(self) -> None:
-        """Tell the misses of the last sweep, the nearest first."""
-        nearest = sorted(self.misses.items(), key=lambda item: -item[1].depth)[:KEPT_MISSES]
+        """Tell what was denied and the misses of the last sweep, the nearest first."""
+        misses = {**self.misses, **self.denied}
+        nearest = sorted(misses.items(), key=lambda item: -item[1].depth)[:KEPT_MISSES]
         for (name, _), miss in nearest:
             node = miss.node
             refusal = Refusal(name, node.name, g.module_path(node), g.source(node), miss.reason, miss.depth)
@@ -167,9 +171,11 @@ class Rewriter:
         """Say a torch operator in our vocabulary."""
         arguments = translation.arguments(node)
         identity = self.name_match(translation.name, node, [_about(n) for n in node.all_input_nodes])
-        if isinstance(arguments, str) or identity in self.deny:
-            reason = arguments if isinstance(arguments, str) else "denied"
-            self.misses[translation.name, node] = Miss(1, node, reason)
+        if isinstance(arguments, str):
+            self.misses[translation.name, node] = Miss(1, node, arguments)
+            return False
+        if identity in self.deny:
+            self.denied[translation.name, node] = Miss(1, node, "denied")
             return False
         args = tuple(arguments.get(a.name, a.default_value) for a in g.schema_arguments(translation.op))
         name = g.base_name(translation.op)
@@ -188,8 +194,14 @@ class Rewriter:
         outputs = [binding.nodes[p] for p in variant.pattern.outputs if isinstance(p, Part)]
         anchor, rule = outputs[0], variant.rule.name
         identity = self.identify(variant.rule, binding, anchor)
+        if identity in self.deny:
+            self.denied[rule, anchor] = Miss(len(binding.nodes), anchor, "denied")
+            self.spared.update(binding.nodes.values())
+            return False
         place = find_place(binding, outputs)
-        reason = "denied" if identity in self.deny else unsafe(variant, binding)
+        reason = unsafe(variant, binding)
+        if not self.spared.isdisjoint(binding.nodes.values()):
+            reason = "a part of it belongs to a match that is denied"
         if place is None or reason:
             reason = reason or "something that it reads is computed only after its result is used"
             self.misses[rule, anchor] = Miss(len(binding.nodes), anchor, reason)

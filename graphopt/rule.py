@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+from torch import fx
 
 from graphopt.errors import RuleError
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Guard: TypeAlias = "Callable[[Binding], str | None]"
+# The pass that brings models to one spelling, handed down: patterns go through the same one.
+Canonicalise: TypeAlias = "Callable[[fx.GraphModule], None]"
 
 
 # ------------------------------------------------------------------------------------------------ parameters
@@ -36,9 +39,9 @@ class T:
     """A tensor parameter.
 
     Args:
-        dims: names of its dimensions, as `"b h s d"`; equal names are equal sizes. A leading `...` stands for
-            any number of dimensions; `"b|1"` may also be 1 where it is broadcast (`"...|1 n"`: the leading ones);
-            `"h*d"` is a product; a number is itself.
+        dims: names of its dimensions, as `"b h s d"`; equal names are equal sizes. A leading `...` is any
+            number of dimensions; `"b|1"` may also be 1 where it is broadcast (`"...|1 n"`: the leading
+            ones); `"h*d"` is a product; a number is itself.
         dtype: a variable ("T", the rule's main float dtype; "W", another one), or `"bool"`, `"int64"`.
         optional: whether None also fits; the rule then has a variant with it and one without.
     """
@@ -50,7 +53,7 @@ class T:
 
 @dataclass(frozen=True)
 class Float:
-    """A float parameter: a literal of the model, or a node under `dynamic=True`. It is traced near its sample."""
+    """A float parameter: a literal of the model, or a node under `dynamic=True`; traced near its sample."""
 
     sample: float
 
@@ -78,7 +81,7 @@ class Rule:
 
     Attributes:
         carry: argument names of our ops that the pattern leaves open: whatever the model has there moves to
-            the replacement's argument of that name (`attention`'s masks while it swallows a repeat of k and v).
+            the replacement's argument of that name (`attention`'s masks while it swallows a repeat).
         guard: looks at a complete binding; returns None, or why the rule does not apply.
     """
 
@@ -212,7 +215,7 @@ class Variant:
         return part
 
 
-def variants(rule: Rule, dtypes: Iterable[torch.dtype]) -> tuple[Variant, ...]:
+def variants(rule: Rule, dtypes: Iterable[torch.dtype], canonicalise: Canonicalise) -> tuple[Variant, ...]:
     """The rule's variants for a model that uses these float dtypes; equal ones once, the longest first.
 
     Raises:
@@ -224,17 +227,22 @@ def variants(rule: Rule, dtypes: Iterable[torch.dtype]) -> tuple[Variant, ...]:
     for choice in itertools.product(present, repeat=len(variables)):
         for missing in itertools.product((False, True), repeat=len(optional)):
             absent = tuple(n for n, gone in zip(optional, missing, strict=True) if gone)
-            variant = _variant(rule, tuple(zip(variables, choice, strict=True)), absent)
+            variant = _variant(rule, tuple(zip(variables, choice, strict=True)), absent, canonicalise)
             found.setdefault(_text(variant), variant)
-    # The longest first: a variant without the cast of a weight also fits where the cast is, and would leave it.
+    # The longest first: a variant without the cast of a weight also fits where the cast is.
     return tuple(sorted(found.values(), key=lambda v: -len(v.pattern.parts)))
 
 
 @functools.cache
-def _variant(rule: Rule, dtypes: tuple[tuple[str, torch.dtype], ...], absent: tuple[str, ...]) -> Variant:
+def _variant(
+    rule: Rule,
+    dtypes: tuple[tuple[str, torch.dtype], ...],
+    absent: tuple[str, ...],
+    canonicalise: Canonicalise,
+) -> Variant:
     from graphopt.rule_trace import trace_sides  # it reads this file's types
 
-    pattern, replacement = trace_sides(rule, dict(dtypes), absent)
+    pattern, replacement = trace_sides(rule, dict(dtypes), absent, canonicalise)
     if not pattern.outputs or not all(isinstance(p, Part) and not p.leaf for p in pattern.outputs):
         raise RuleError(f"{rule.name}: the pattern has to compute each of its outputs")
     if len(pattern.outputs) != len(replacement.outputs):

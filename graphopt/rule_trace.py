@@ -1,9 +1,9 @@
 """Trace both sides of a rule into Parts, and find what each literal of the trace is an expression of.
 
 A side is traced on fake tensors at two (or three) assignments of sizes to dimension names, each twice a large
-prime. A literal that is the same at both is a constant; one that differs is an expression of names that gives both
-values: `head_dim // 2`, `heads * groups`. If there is none, the rule is an error. (Tracing with SymInts says the
-same, and costs 100-1000 ms a rule in sympy instead of 10-60.)
+prime. A literal that is the same at both is a constant; one that differs is an expression of names that gives
+both values: `head_dim // 2`, `heads * groups`. If there is none, the rule is an error. (Tracing with SymInts
+says the same, and costs 100-1000 ms a rule in sympy instead of 10-60.)
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from torch import fx
 from graphopt import graph as g
 from graphopt import torch_private
 from graphopt.errors import RuleError
-from graphopt.passes.canonicalize import canonicalize
-from graphopt.rule import Carried, Float, Int, Parameter, Part, Rule, Side, Symbolic, T, Text
+from graphopt.rule import Canonicalise, Carried, Float, Int, Parameter, Part, Rule, Side, Symbolic, T, Text
 
 LEAD = ("lead0", "lead1")  # what a leading `...` is in the trace
 SIZES = (
@@ -35,7 +34,12 @@ SMALL = ((101, 103, 107, 109), (211, 223, 227, 229))  # Int parameters: smaller 
 FACTORS = ((0.9990234573, 1.0031567891, 0.9957123457), (1.0009765432, 0.9961234567, 1.0123456789))
 
 
-def trace_sides(rule: Rule, dtypes: Mapping[str, torch.dtype], absent: tuple[str, ...]) -> tuple[Side, Side]:
+def trace_sides(
+    rule: Rule,
+    dtypes: Mapping[str, torch.dtype],
+    absent: tuple[str, ...],
+    canonicalise: Canonicalise,
+) -> tuple[Side, Side]:
     """Both sides of a rule for one choice of dtypes and of absent optional parameters.
 
     Raises:
@@ -54,16 +58,16 @@ def trace_sides(rule: Rule, dtypes: Mapping[str, torch.dtype], absent: tuple[str
     choice = tuple(dtypes.items())
     sides = []
     for function in (rule.pattern, rule.replacement):
-        traced = [_trace(rule, function, index, ones, choice, absent) for index, ones in where]
+        traced = [_trace(rule, function, index, ones, choice, absent, canonicalise) for index, ones in where]
         sides.append(_generalise(rule, traced, points))
     return sides[0], sides[1]
 
 
 @functools.cache
-def needed_targets(rule: Rule) -> frozenset[object]:
-    """The torch operators that a graph must have for the pattern to occur: by one trace in fp32 (no casts)."""
+def needed_targets(rule: Rule, canonicalise: Canonicalise) -> frozenset[object]:
+    """The torch operators that a graph must have for the pattern to occur: by a trace in fp32 (no casts)."""
     dtypes = tuple((name, torch.float32) for name in rule.dtype_variables())
-    side = _trace(rule, rule.pattern, 0, False, dtypes, rule.optional())
+    side = _trace(rule, rule.pattern, 0, False, dtypes, rule.optional(), canonicalise)
     return frozenset(
         p.target
         for p in side.parts
@@ -143,6 +147,7 @@ def _trace(
     ones: bool,
     choice: tuple[tuple[str, torch.dtype], ...],
     absent: tuple[str, ...],
+    canonicalise: Canonicalise,
 ) -> Side:
     """Trace and canonicalise one side at one point, with plain literals."""
     point, dtypes = Point.of(rule, index, ones), dict(choice)
@@ -171,7 +176,7 @@ def _trace(
         raise RuleError(f"{rule.name}: {function.__name__} cannot be traced: {error}") from error
     leaves = dict(zip([n.name for n in g.placeholders(gm.graph)], names, strict=True))
     gm.meta["output_strides"] = ()
-    canonicalize(gm)
+    canonicalise(gm)
     return _read(rule, gm, leaves)
 
 

@@ -174,7 +174,7 @@ def inductor(gm: fx.GraphModule, examples: Sequence[object]) -> Callable[..., ob
     """Compile with torch's default backend."""
     from torch._dynamo.backends.registry import lookup_backend
 
-    return lookup_backend("inductor")(gm, list(examples))  # type: ignore[call-arg, arg-type]  # the registry is untyped
+    return lookup_backend("inductor")(gm, list(examples))  # type: ignore[arg-type]  # the registry is untyped
 
 
 def steers_dynamo(error: Exception) -> bool:
@@ -240,3 +240,21 @@ def no_dispatch_of(mode: FakeTensorMode) -> Iterator[None]:
 def same_schema(overload: OpOverload, schema: str) -> bool:
     """Whether an operator's schema is the one that a text as `ns::name(Tensor x) -> Tensor` spells."""
     return str(overload._schema) == str(torch._C.parse_schema(schema))
+
+
+def operators_run(call: Callable[[], object]) -> int:
+    """How many ATen operators a call dispatches, views included."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(
+            self, function: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None
+        ) -> object:
+            self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    with Counter() as counter:
+        call()
+    return counter.count

@@ -59,7 +59,7 @@ def trace(
     Raises:
         CaptureRefused: the function fails on fakes, or does what no pass understands.
     """
-    _check_inputs(fakes)
+    check_inputs(fakes)
     try:
         traced = torch_private.trace(function, fakes, mode)
     except CaptureRefused:
@@ -97,7 +97,7 @@ def first_line(error: BaseException) -> str:
 # ------------------------------------------------------------------------------------------------ refusals
 
 
-def _check_inputs(values: Sequence[object]) -> None:
+def check_inputs(values: Sequence[object]) -> None:
     """Refuse what no pass understands, before anything is traced."""
     for value in values:
         if not isinstance(value, torch.Tensor):
@@ -127,6 +127,8 @@ def _refuse_enabled_autocast(args: tuple[object, ...]) -> None:
 
 def _check_node(gm: fx.GraphModule, node: fx.Node) -> None:
     """Refuse a value that no pass understands, and a write that no schema tells of."""
+    if torch_private.is_higher_order(node.target):
+        raise CaptureRefused(f"the higher-order operator {node.target.__name__!r} is not supported")  # type: ignore[union-attr]  # a callable
     value = g.val(node)
     for one in value if isinstance(value, (list, tuple)) else (value,):
         if isinstance(one, torch.Tensor) and (one.dtype.is_complex or one.layout is not torch.strided):

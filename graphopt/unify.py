@@ -27,7 +27,7 @@ class Unifier:
         self.binding = Binding()
         self.trail: list[Callable[[], object]] = []
         self.later: list[tuple[Symbolic, object]] = []  # expressions that hold a name still unknown
-        self.deepest = -1
+        self.deepest = (-1, False)
         self.stopped: tuple[object, object, str] | None = None
         self.last: fx.Node | None = None
 
@@ -119,7 +119,7 @@ class Unifier:
         return want == have or self.stop(want, have, "")
 
     def open_list(self, want: tuple, have: object, goals: Goals) -> Goals | Literal[False]:
-        """Two lists as goals; where the pattern's begins with `...`, the model's begins with what it stands for."""
+        """Two lists as goals; where the pattern's begins with `...`, the model's begins with what it is."""
         if not isinstance(have, (list, tuple)):
             return self.stop(want, have, "")
         if len(want) > 1 and _is_lead(want[0], "lead0") and _is_lead(want[1], "lead1"):
@@ -192,7 +192,8 @@ class Unifier:
 
     def stop(self, want: object, have: object, reason: str) -> Literal[False]:
         """Keep why it went no further, if it never came as far; always False."""
-        depth = len(self.binding.nodes)
+        other_call = isinstance(want, Part) and not want.leaf  # says more than a size that does not fit
+        depth = (len(self.binding.nodes), other_call)
         if depth > self.deepest:
             self.deepest = depth
             node = next(reversed(self.binding.nodes.values()), None)
@@ -206,7 +207,7 @@ class Unifier:
             return Miss(len(self.binding.nodes), anchor, "a further output has no counterpart")
         want, have, reason = self.stopped
         node = have if isinstance(have, fx.Node) else (self.last or anchor)
-        return Miss(self.deepest, node, reason, want, have)
+        return Miss(self.deepest[0], node, reason, want, have)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Attention spelled out with softmax, scale, softcap, mask and repeated kv heads (torch's SDPA: `torch_ops`).
 
 The spelled-out form grows: matmul(q, k^T) becomes `attention_scores`, which swallows a scale, a softcap and a
-mask, until softmax and v make it `attention`. So each rule is one small equation, in whatever order a model has them.
+mask, until softmax and v make it `attention`. So each rule is one small equation, in any order.
 """
 
 from __future__ import annotations

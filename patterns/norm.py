@@ -1,4 +1,4 @@
-"""Normalisations as people write them: RMSNorm (Zhang & Sennrich 2019), LayerNorm (Ba et al. 2016), and residuals."""
+"""Norms as people write them: RMSNorm (Zhang & Sennrich 2019), LayerNorm (Ba et al. 2016), and residuals."""
 
 from __future__ import annotations
 

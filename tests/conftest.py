@@ -1,7 +1,16 @@
-"""What every test shares: tests marked `gpu` are skipped where there is no device."""
+"""What every test shares: Before / After of rules; `gpu` tests are skipped where there is no device."""
+
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+
+from graphopt import graph as g
+from graphopt.rewrite import Refusal
+from graphopt.rule import Rule
+from graphopt.translate import Translation
+from tests.rule_cases import EQUATIONS, canonical, outputs, rewritten
+from tests.tolerances import close
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -12,3 +21,43 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+Program = Callable[..., object]
+Rules = Sequence[Rule | Translation]
+
+
+@pytest.fixture
+def assert_rewrites() -> Callable[..., None]:
+    """assert_rewrites(before, after, rules=RULES, args=tensors): the rules turn one program into the other.
+
+    Shows both graphs where they differ, then compares the numbers.
+    """
+
+    def check(before: Program, after: Program, *, rules: Rules, args: Sequence[torch.Tensor]) -> None:
+        found, seen = rewritten(canonical(before, *args), rules)
+        wanted = canonical(after, *args)
+        if g.fingerprint(found.graph) != g.fingerprint(wanted.graph):
+            misses = "\n".join(f"  {r.rule} at {r.node}: {r.reason}" for r in seen.refusals)
+            pytest.fail(f"found\n{found.code}\nwanted\n{wanted.code}\nrefused\n{misses}")
+        expected = before(*args)
+        for want, have in zip(outputs(expected), found(*args), strict=True):
+            close(have, want, args[0].dtype)
+
+    return check
+
+
+@pytest.fixture
+def refusal_of() -> Callable[..., Refusal]:
+    """refusal_of(rule, program, args): why the rule of that name did not apply, at its nearest miss."""
+
+    def find(name: str, program: Program, args: Sequence[torch.Tensor], rules: Rules = EQUATIONS) -> Refusal:
+        _, seen = rewritten(canonical(program, *args), rules)
+        assert name not in [m.rule for m in seen.matches], f"{name} did apply"
+        mine = [r for r in seen.refusals if r.rule == name]
+        assert mine, (
+            f"{name} came nowhere near; the refusals are of {sorted({r.rule for r in seen.refusals})}"
+        )
+        return max(mine, key=lambda r: r.depth)
+
+    return find

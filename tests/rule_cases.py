@@ -1,4 +1,4 @@
-"""Inputs for any rule, made from its specs: sizes, dtypes, leading dimensions, broadcasts, carried arguments."""
+"""Inputs for any rule, made from its specs: sizes, dtypes, leading dimensions, carried arguments."""
 
 from __future__ import annotations
 
@@ -304,7 +304,7 @@ def rewritten(
     """A copy of a graph after the rules, and what they told."""
     copy, watch = fx.GraphModule(gm, g.copy_graph(gm.graph)), Watch()
     copy.meta.update(gm.meta)
-    Rewriter(copy, tuple(rules), (watch,), deny, fuel).run()
+    Rewriter(copy, tuple(rules), canonicalize, (watch,), deny, fuel).run()
     copy.recompile()
     return copy, watch
 

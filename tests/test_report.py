@@ -179,11 +179,12 @@ def test_near_misses_of_rules_that_matched_or_at_taken_nodes_are_not_shown() -> 
         Refused(refusal("llama_rms_norm", "other", 9, "of a rule that matched")),
         Refused(refusal("rival", "mul_1", 9, "at a node that was taken")),
         Refused(refusal("wanted", "softmax", 1, "head_dim 320 > 256")),
+        Refused(refusal("shallow", match(1, "llama_rms_norm").new_nodes[0], 2, "at a node that a rule made")),
     )
     text = str(report)
-    assert "head_dim 320 > 256" in text
+    assert "head_dim 320 > 256" in text and "at a node that a rule made" not in text
     assert "of a rule that matched" not in text and "at a node that was taken" not in text
-    assert len(report.near_misses) == 3
+    assert len(report.near_misses) == 4
 
 
 def test_rich_shows_the_same_lines() -> None:

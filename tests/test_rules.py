@@ -12,6 +12,7 @@ from graphopt import graph as g
 from graphopt.accuracy import HALF, judge, raise_to_fp64
 from graphopt.defaults import RULES
 from graphopt.match import VIEWS
+from graphopt.passes.canonicalize import canonicalize
 from graphopt.rule import Rule, Variant, variants
 from tests.mutations import mutants, read_outside
 from tests.rule_cases import (
@@ -52,7 +53,7 @@ PRESENT = (
 
 def of_dtypes(rule: Rule) -> list[Variant]:
     """A rule's variants for each of `PRESENT`, each once."""
-    found = {v.dtypes + (v.absent,): v for dtypes in PRESENT for v in variants(rule, dtypes)}
+    found = {v.dtypes + (v.absent,): v for dtypes in PRESENT for v in variants(rule, dtypes, canonicalize)}
     return list(found.values())
 
 
@@ -78,7 +79,7 @@ def agree(exact: Tensor, eager: Tensor, ours: Tensor, dtype: torch.dtype, where:
 
 @by_rule
 def test_equation_holds(rule: Rule) -> None:
-    """Both sides agree with the pattern in fp64, in shape and dtype, at every point, with carried arguments."""
+    """Both sides agree with the pattern in fp64, in shape and dtype, with carried arguments."""
     tried = 0
     for variant in of_dtypes(rule):
         dtypes = dict(variant.dtypes)
@@ -167,13 +168,15 @@ def test_no_mutant_of_the_pattern_becomes_something_else(rule: Rule) -> None:
         model, inputs = pattern_of(rule, arguments(rule, at))
         gm = canonical(model, *inputs)
         for label, mutant in mutants(gm):
-            try:
-                expected = numbers(mutant, inputs)
-            except (RuntimeError, ValueError, IndexError):
-                continue  # runs on abstract values alone: an index out of range
-            for rules in ((rule,), RULES):
+            for rules in ((rule,), RULES) if sizes is SQUARE else ((rule,),):
                 after, seen = rewritten(mutant, rules)
-                refused += not seen.matches
+                if not seen.matches:
+                    refused += 1
+                    continue
+                try:
+                    expected = numbers(mutant, inputs)
+                except (RuntimeError, ValueError, IndexError):
+                    continue  # runs on abstract values alone: an index out of range
                 for want, have in zip(expected, numbers(after, inputs), strict=True):
                     worst = f"{label}\n{mutant.graph}\n{after.graph}"
                     torch.testing.assert_close(have, want, rtol=1e-9, atol=1e-9, equal_nan=True, msg=worst)

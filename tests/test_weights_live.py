@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -183,6 +184,108 @@ def test_a_deleted_model_takes_its_prepared_weights_along() -> None:
     gc.collect()
     assert len(backend.STORE) == MERGED
     agree(theirs(x), two(x))
+
+
+def _by_backend(model: nn.Module) -> object:
+    return compiled(model)
+
+
+def _in_place_compiled(model: nn.Module) -> object:
+    return graphopt.optimize(model)
+
+
+@pytest.mark.parametrize("compile_it", [_by_backend, _in_place_compiled])
+def test_nothing_of_ours_keeps_weights_alive(compile_it: Callable[[nn.Module], object]) -> None:
+    model = block()
+    compile_it(model)(example())
+    weight = weakref.ref(model.q.weight)
+    del model
+    gc.collect()
+    assert weight() is None and len(backend.STORE) == 0
+
+
+def test_an_optimizers_step_shows() -> None:
+    model, x = Block().eval(), example()
+    ours = compiled(model)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    for _ in range(2):
+        before = ours(x)
+        with torch.enable_grad():
+            model(x).sum().backward()
+        optimizer.step()
+        agree(ours(x), model(x))
+        assert (ours(x) - before).abs().max() > 1e-2
+
+
+def test_weights_given_from_outside() -> None:
+    model, x = block(), example()
+
+    def call(x: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(model, weights, (x,))
+
+    ours = torch.compile(call, backend="graphopt", options={"strict": True})
+    for seed in (1, 2, 1):
+        weights = dict(block(seed).named_parameters())
+        agree(ours(x, weights), call(x, weights))
+
+
+class Adapted(nn.Module):
+    """x @ (w + scale * a @ b).T: a weight computed from weights and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.a, self.b = (nn.Parameter(torch.randn(s)) for s in ((20, 20), (20, 2), (2, 20)))
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.w + self.scale * (self.a @ self.b))
+
+
+@pytest.mark.parametrize("name", ["w", "a", "b", "scale"])
+def test_each_part_of_a_computed_weight_shows(name: str) -> None:
+    model, x = Adapted(), example()
+    ours = compiled(model)
+    with counted() as counts:
+        before = ours(x)
+        model.get_buffer(name).mul_(3) if name == "scale" else model.get_parameter(name).mul_(3)
+        agree(ours(x), model(x))
+        ours(x)
+    assert (ours(x) - before).abs().max() > 1e-2
+    assert counts == {"graphs": 1, "prepared": 2}
+
+
+class Learning(nn.Module):
+    """Two projections of one input; each call changes a weight of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.q, self.k = nn.Linear(20, 4), nn.Linear(20, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.q.weight.mul_(1.5)
+        return self.q(x) + 2 * self.k(x)
+
+
+def test_a_graph_that_writes_its_own_weight() -> None:
+    model, eager, x = Learning(), Learning(), example()
+    ours = compiled(model)
+    for _ in range(3):
+        agree(ours(x), eager(x))
+    agree(model.q.weight, eager.q.weight)
+
+
+def test_a_graph_that_writes_anothers_weight() -> None:
+    model, x = block(), example()
+    ours = compiled(model)
+    ours(x)
+
+    def scale(model: Block) -> torch.Tensor:
+        return model.q.weight.mul_(2).sum()
+
+    torch.compile(scale, backend="graphopt", options={"strict": True})(model)
+    agree(ours(x), model(x))
 
 
 def test_tied_projections_are_right() -> None:

@@ -1,4 +1,4 @@
-"""Masks as arguments: attention(…, bias=mask) -> attention(…, causal, offset, window, key_padding, bias=rest)."""
+"""Masks as arguments: attention(…, bias=mask) -> attention(…, causal, offset, window, key_padding, bias)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RULE = "mask"
 
 
 def read_masks(gm: fx.GraphModule, observers: Sequence[Observer], deny: frozenset[str]) -> int:
-    """Classify the mask of every attention and move what is certain into arguments; returns how many were read.
+    """Classify the mask of every attention and move what is certain into arguments; returns how many.
 
     A mask that layers share is classified, proved and rebuilt once. The caller recompiles the module.
     """

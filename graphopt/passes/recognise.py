@@ -1,4 +1,4 @@
-"""Recognise: canonical ATen -> the vocabulary, by rules; then each mask becomes arguments of its attention."""
+"""Recognise: canonical ATen -> the vocabulary, by rules; then masks become arguments of attention."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import fx
 
+from graphopt.passes.canonicalize import canonicalize
 from graphopt.passes.masks import read_masks
 from graphopt.rewrite import Rewriter
 
@@ -29,7 +30,7 @@ class Recognise:
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> None:
         """Edit `gm` in place."""
-        rewriter = Rewriter(gm, ctx.rules, tuple(ctx.observers), ctx.deny, ctx.fuel)
+        rewriter = Rewriter(gm, ctx.rules, canonicalize, tuple(ctx.observers), ctx.deny, ctx.fuel)
         rewriter.run()
         ctx.fuel = rewriter.fuel
         read_masks(gm, ctx.observers, ctx.deny)

@@ -43,6 +43,8 @@ def _swapped(rank: int, a: int, b: int) -> list[int]:
 def _moved(rank: int, args: tuple) -> list[int]:
     sources = [args[1]] if isinstance(args[1], int) else list(args[1])
     targets = [args[2]] if isinstance(args[2], int) else list(args[2])
+    if not rank:
+        return []
     place = {t % rank: s % rank for s, t in zip(sources, targets, strict=True)}
     rest = iter(d for d in range(rank) if d not in set(place.values()))
     return [place[i] if i in place else next(rest) for i in range(rank)]
@@ -125,6 +127,12 @@ def scatter(emit: Emit, view: fx.Node, whole: fx.Node, value: fx.Node, read: Cal
     if view.target in SCATTERS:
         args = fx.node.map_arg(view.args[1:], read)
         return emit(SCATTERS[view.target], (whole, value, *args), like, view)
+    if view.target is aten.narrow.default and isinstance(view.args[2], int) and isinstance(view.args[3], int):
+        dim, start, length = view.args[1:]
+        size = g.shape(base)[dim]  # type: ignore[index]  # an int
+        if start >= 0 or isinstance(size, int):
+            start = start if start >= 0 else start + size
+            return emit(aten.slice_scatter.default, (whole, value, dim, start, start + length), like, view)
     if view.target in RESHAPES:
         sizes = [
             s if isinstance(s, int) else emit(aten.sym_size.int, (whole, i), s, view)

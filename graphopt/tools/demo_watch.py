@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphopt import graph as g
+from graphopt import torch_private
 from graphopt.capture import from_dynamo
 from graphopt.defaults import context, pipeline
 from graphopt.report import Report
@@ -77,25 +77,10 @@ def watched_step(model: LlamaForCausalLM) -> tuple[Watched, dict[str, object]]:
     return watched, token
 
 
-class _Operators(TorchDispatchMode):
-    """Counts the ATen operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, function: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
 def operators(call: Callable[[], object]) -> int:
     """How many ATen operators a call dispatches, views included; each costs about a microsecond or more."""
-    with torch.no_grad(), _Operators() as counter:
-        call()
-    return counter.count
+    with torch.no_grad():
+        return torch_private.operators_run(call)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,402 @@
+"""The matcher: backtracking, leading dimensions, broadcasts, several outputs, scalars that are nodes, misses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from graphopt import graph as g
+from graphopt import match as matcher
+from graphopt import ops, torch_private
+from graphopt.binding import Binding, Miss
+from graphopt.defaults import RULES
+from graphopt.match import match
+from graphopt.passes.canonicalize import canonicalize
+from graphopt.rewrite import Refusal
+from graphopt.rule import Float, Int, Rule, T, rule, variants
+from tests.rule_cases import EQUATIONS, canonical, rewritten, vocabulary
+
+Rewrites = Callable[..., None]
+RefusalOf = Callable[..., Refusal]
+NAMED = {r.name: r for r in EQUATIONS}
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def qkv(b: int = 2, h: int = 2, s: int = 5, d: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values."""
+    return rand(b, h, s, d), rand(b, h, s, d) + 0.1, rand(b, h, s, d) - 0.1
+
+
+def first(found: Rule, program: Callable[..., object], *args: Tensor) -> Binding | Miss:
+    """The rule's first variant at the program's first output."""
+    gm = canonical(program, *args)
+    (variant,) = variants(found, {args[0].dtype}, canonicalize)
+    return match(variant, g.output_node(gm.graph).all_input_nodes[0])
+
+
+# --------------------------------------------------------------------------------------------------- search
+
+
+def crossed(a: Tensor, b: Tensor) -> Tensor:
+    """Both operands of the sum could be either product until the last leaf is seen."""
+    return (a * b.exp()) * a + (a * b.exp().exp()) * b
+
+
+def test_a_wrong_first_guess_is_taken_back_where_it_shows() -> None:
+    """Each order of each sum and product matches, though the first guess fails four levels further up."""
+    found = rule(crossed, lambda a, b: a, a=T("n"), b=T("n"))
+    x, y = rand(4), rand(4)
+    spellings: Sequence[Callable[[Tensor, Tensor], Tensor]] = (
+        crossed,
+        lambda a, b: (a * b.exp().exp()) * b + (a * b.exp()) * a,
+        lambda a, b: b * (b.exp().exp() * a) + a * (b.exp() * a),
+        lambda a, b: (b.exp() * a) * a + b * (a * b.exp().exp()),
+    )
+    for spelling in spellings:
+        bound = first(found, spelling, x, y)
+        assert isinstance(bound, Binding), bound.reason
+        assert [str(bound["a"]), str(bound["b"])] == [str(n) for n in bound.leaves.values()]
+    other = first(found, lambda a, b: (a * b.exp()) * a + (a * b.exp().exp()) * a, x, y)
+    assert isinstance(other, Miss)
+
+
+def test_a_guess_is_taken_back_for_a_later_output() -> None:
+    """Which operand is x shows in the second output alone."""
+
+    def pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + y
+        return total.exp(), total.exp().sin() * x
+
+    found = rule(pair, lambda x, y: (x, y), x=T("n"), y=T("n"))
+    for args in ((0, 1), (1, 0)):
+        bound = first(found, lambda *t, args=args: pair(t[args[0]], t[args[1]])[::1], rand(4), rand(4))
+        assert isinstance(bound, Binding), bound.reason
+
+
+def test_the_search_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pattern that would need more steps than allowed is a miss that says so."""
+    monkeypatch.setattr(matcher, "STEP_BOUND", 3)
+    found = first(NAMED["hand_silu"], lambda x: x * torch.sigmoid(x), rand(4))
+    assert isinstance(found, Miss) and found.reason == "gave up after 3 steps"
+
+
+def test_a_size_that_nothing_determines_matches_nothing() -> None:
+    """An expression with a name that stays unknown is a miss, not a wild card."""
+
+    def folded(x: Tensor, rows: int, columns: int) -> Tensor:
+        return x.reshape(rows * columns, 2).exp()
+
+    found = rule(folded, lambda x, rows, columns: x, x=T("rows*columns*2"), rows=Int(2), columns=Int(3))
+    missed = first(found, lambda x: x.reshape(6, 2).exp(), rand(12))
+    assert isinstance(missed, Miss) and missed.reason == "nothing says what rows*columns*2 is"
+
+
+# ------------------------------------------------------------------------------------- sizes and broadcasts
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3)])
+def test_leading_dimensions_are_any(lead: tuple[int, ...]) -> None:
+    """`...` stands for any number of them, the same for each tensor."""
+    bound = first(NAMED["gated"], lambda a, b: ops.activation(a, "silu") * b, rand(*lead, 4), rand(*lead, 4))
+    assert isinstance(bound, Binding) and bound.lead == lead
+
+
+def test_leading_dimensions_that_differ_do_not_fit() -> None:
+    """A gate that is broadcast is no gated activation of this op."""
+    found = first(NAMED["gated"], lambda a, b: ops.activation(a, "silu") * b, rand(1, 4), rand(3, 4))
+    assert isinstance(found, Miss) and "leading sizes" in found.reason
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8), (1, 3, 8), (3, 8), (8,)])
+def test_a_residual_may_be_broadcast(shape: tuple[int, ...]) -> None:
+    """Position embeddings [1, length, n] are added as a residual of [batch, length, n]."""
+    x = rand(2, 3, 8)
+    for swap in (False, True):
+
+        def program(a: Tensor, b: Tensor, swap: bool = swap) -> tuple[Tensor, Tensor]:
+            total = b + a if swap else a + b
+            return ops.rms_norm(total, None, 1e-6), total
+
+        after, _ = rewritten(canonical(program, x, rand(*shape)), (NAMED["residual_rms_norm"],))
+        assert vocabulary(after) == ["add_rms_norm"]
+
+
+def test_one_mask_for_all_batches_and_heads() -> None:
+    """`b|1`: a mask of size 1 there fits any batch."""
+    q, k, _ = qkv()
+    for shape in ((2, 2, 5, 5), (1, 1, 5, 5), (2, 1, 1, 5)):
+        program = lambda q, k, m: ops.attention_scores(q, k, 1.0) + m
+        after, _ = rewritten(canonical(program, q, k, rand(*shape)), (NAMED["added_mask"],))
+        assert vocabulary(after) == ["attention_scores"] and len(list(after.graph.nodes)) == 5
+
+
+# ------------------------------------------------------------------------------------------ several outputs
+
+
+def turned(x: Tensor) -> Tensor:
+    """The half-turn of rope."""
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), -1)
+
+
+def roped(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """One rotation; c and s have a dimension for heads."""
+    return x * c + turned(x) * s
+
+
+def test_layers_share_cos_and_sin() -> None:
+    """q and k of one layer are paired, although every layer reads the same reshaped cos and sin."""
+
+    def layers(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+        for _ in range(3):
+            q, k = roped(x * 2.5, c, s), roped(x * 3.5, c, s)
+            x = torch.softmax(q @ k.mT, -1) @ x
+        return x
+
+    args = rand(2, 3, 4, 8), rand(1, 4, 8), rand(1, 4, 8)
+    after, _ = rewritten(canonical(layers, *args), RULES)
+    assert vocabulary(after) == ["rope", "attention"] * 3
+    torch.testing.assert_close(after(*args)[0], layers(*args))
+
+
+def test_k_that_needs_the_rotated_q_is_not_paired_with_it(refusal_of: RefusalOf) -> None:
+    """There is no place for one op: k is computed from what it gives for q."""
+
+    def chained(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+        return roped(roped(q, c, s) * 2.5, c, s)
+
+    args = rand(2, 3, 4, 8), rand(1, 4, 8), rand(1, 4, 8)
+    reason = refusal_of("llama_rope", chained, args).reason
+    assert reason == "something that it reads is computed only after its result is used"
+
+
+def test_k_may_be_computed_after_q_is_rotated() -> None:
+    """Only its use has to come later: the op stands where both are known."""
+
+    def late(q: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+        first = roped(q, c, s)
+        second = roped(q.exp().sin(), c, s)
+        return first, second
+
+    args = rand(2, 3, 4, 8), rand(1, 4, 8), rand(1, 4, 8)
+    after, _ = rewritten(canonical(late, *args), RULES)
+    assert vocabulary(after) == ["rope"]
+    for want, have in zip(late(*args), after(*args), strict=True):
+        torch.testing.assert_close(have, want)
+
+
+def test_an_odd_head_has_no_halves(refusal_of: RefusalOf) -> None:
+    """The op rotates pairs; a model may cut 3 + 4."""
+
+    def odd(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+        return roped(q, c, s), roped(k, c, s)
+
+    args = rand(2, 3, 4, 7), rand(2, 3, 4, 7), rand(1, 4, 7), rand(1, 4, 7)
+    assert refusal_of("llama_rope", odd, args).reason == "head_dim 7 is odd"
+
+
+# ------------------------------------------------------------------------------------- scalars and symbols
+
+
+def test_scalars_may_be_graph_values() -> None:
+    """Under dynamic=True eps arrives as a node: it is bound as it is, and multiplied as nodes."""
+    mode = torch_private.new_fake_mode(symbolic=True)
+    with mode:
+        x, w = torch.empty(2, 3, 8), torch.empty(8)
+    eps = torch_private.symbolic_float(mode, "eps", 1e-5)
+
+    def norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
+        return w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+    gm = canonical(norm, x, w, eps)
+    after, _ = rewritten(gm, RULES)
+    (node,) = [n for n in after.graph.nodes if g.is_call(n, ops.rms_norm.overload)]
+    assert str(g.arg(node, "eps")) == str(g.placeholders(after.graph)[2])
+    real = rand(2, 3, 8), rand(8)
+    torch.testing.assert_close(after(*real, 0.25)[0], norm(*real, 0.25))
+
+
+def test_scales_that_are_graph_values_are_multiplied_in_the_graph() -> None:
+    """scale * factor becomes a node where one of them is a node."""
+    mode = torch_private.new_fake_mode(symbolic=True)
+    with mode:
+        q, k = torch.empty(2, 3, 4, 8), torch.empty(2, 3, 5, 8)
+    factor = torch_private.symbolic_float(mode, "factor", 0.125)
+    program = lambda q, k, f: torch.softmax((q @ k.mT) * 0.5 * f, -1)
+    after, _ = rewritten(canonical(program, q, k, factor), RULES)
+    assert vocabulary(after) == ["attention_scores"]
+    real = rand(2, 3, 4, 8), rand(2, 3, 5, 8)
+    torch.testing.assert_close(after(*real, 0.75)[0], program(*real, 0.75))
+
+
+@pytest.mark.parametrize("name", ["llama_rms_norm", "residual_rms_norm", "gated", "softmax_attention"])
+def test_sizes_may_be_symbols(name: str) -> None:
+    """Every named dimension a symbol of its own, and still one match with the right numbers."""
+    found = NAMED[name]
+    mode = torch_private.new_fake_mode(symbolic=True)
+    tensors = {n: s for n, s in found.specs.items() if isinstance(s, T)}
+    symbols: dict[str, torch.SymInt] = {}
+    real, fakes = [], []
+    for spec in tensors.values():
+        words = [w for x in spec.dims.split() for w in (("l0", "l1") if x.startswith("...") else (x,))]
+        hints = {w: 4 + 2 * i for i, w in enumerate(("b", "h", "s", "t", "d", "e", "n", "l0", "l1"))}
+        for w in words:
+            symbols.setdefault(w, torch_private.symbolic_int(mode, f"{w}_", hints[w]))
+        with mode:
+            fakes.append(torch.empty([symbols[w] for w in words]))
+        real.append(rand(*(hints[w] for w in words)))
+    floats = {n: s.sample for n, s in found.specs.items() if isinstance(s, Float)}
+    texts = {n: "silu" for n in found.specs if n == "kind"}
+    program = lambda *t: found.pattern(**dict(zip(tensors, t, strict=True)), **floats, **texts)
+    after, seen = rewritten(canonical(program, *fakes), (found,))
+    assert [m.rule for m in seen.matches] == [name], seen.refusals
+    expected = program(*real)
+    for want, have in zip(
+        expected if isinstance(expected, tuple) else (expected,), after(*real), strict=True
+    ):
+        torch.testing.assert_close(have, want)
+
+
+# --------------------------------------------------------------------------------------- peers' mistakes
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The plain spelling."""
+    return torch.softmax(q @ k.transpose(-2, -1) / 8.0, -1) @ v
+
+
+def test_divided_attention_becomes_one_op(assert_rewrites: Rewrites) -> None:
+    """softmax(q k^T / 8) v, at a head_dim that is not 64."""
+    after = lambda q, k, v: ops.attention(q, k, v, 1 / 8.0)
+    for d in (64, 80, 7, 1):
+        assert_rewrites(attended, after, rules=RULES, args=qkv(d=d))
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        lambda q, k, v: torch.softmax(q @ k.permute(0, 2, 3, 1), -1) @ v,
+        lambda q, k, v: torch.softmax(q @ k.permute(0, 3, 1, 2), -1) @ v,
+        lambda q, k, v: torch.softmax(q @ k, -1) @ v,
+        lambda q, k, v: torch.softmax(q @ k.mT, 1) @ v,
+        lambda q, k, v: torch.softmax(q @ k.mT, 2) @ v,
+        lambda q, k, v: torch.softmax(q @ k.mT, -1).mT @ v,
+        lambda q, k, v: torch.log_softmax(q @ k.mT, -1) @ v,
+        lambda q, k, v: v @ torch.softmax(q @ k.mT, -1),
+    ],
+)
+def test_what_only_looks_like_attention_is_left_alone(program: Callable[..., Tensor]) -> None:
+    """A permuted K, another softmax axis, no transpose: right sizes, other meaning (all sizes 4)."""
+    args = tuple(rand(4, 4, 4, 4) for _ in range(3))
+    after, _ = rewritten(canonical(program, *args), RULES)
+    assert "attention" not in vocabulary(after)
+    torch.testing.assert_close(after(*args)[0], program(*args))
+
+
+def test_scores_used_twice_are_left_alone(refusal_of: RefusalOf) -> None:
+    """The reason names both nodes."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        scores = ops.attention_scores(q, k, 1.0)
+        return torch.softmax(scores, -1) @ v, scores
+
+    refusal = refusal_of("softmax_attention", model, qkv())
+    assert refusal.reason == "attention_scores is also used by output"
+
+
+def test_a_norm_weight_in_fp32_gives_an_fp32_result(assert_rewrites: Rewrites) -> None:
+    """bf16 activations and an fp32 weight: promotion is part of the equation."""
+
+    def before(x: Tensor, w: Tensor) -> Tensor:
+        h = x.float()
+        return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+    args = rand(2, 3, 8, dtype=torch.bfloat16), rand(8)
+    assert_rewrites(before, lambda x, w: ops.rms_norm(x, w, 1e-5), rules=RULES, args=args)
+
+
+def test_a_norm_takes_the_casts_around_it(assert_rewrites: Rewrites) -> None:
+    """Gemma's norm in bf16 is one op of bf16 tensors, not one of fp32 between two casts."""
+
+    def before(x: Tensor, w: Tensor) -> Tensor:
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return (h * (1.0 + w.float())).to(x.dtype)
+
+    args = rand(2, 3, 8, dtype=torch.bfloat16), rand(8, dtype=torch.bfloat16)
+    assert_rewrites(before, lambda x, w: ops.rms_norm(x, w, 1e-5, 1.0, False), rules=RULES, args=args)
+
+
+def test_a_centred_norm_is_a_layer_norm(assert_rewrites: Rewrites) -> None:
+    """The product with the weight alone is an RMS norm of the centred row: the larger pattern is taken."""
+
+    def before(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        c = x - x.mean(-1, keepdim=True)
+        return c * torch.rsqrt(c.pow(2).mean(-1, keepdim=True) + 1e-5) * w + b
+
+    after = lambda x, w, b: ops.layer_norm(x, w, b, 1e-5)
+    assert_rewrites(before, after, rules=RULES, args=(rand(2, 3, 8), rand(8), rand(8) + 1))
+
+
+def test_a_sum_that_nobody_else_reads_is_dropped() -> None:
+    """The residual output of the fused norm may be dead (vLLM#50802)."""
+    program = lambda x, y: ops.rms_norm(x + y, None, 1e-6)
+    after, _ = rewritten(canonical(program, rand(2, 8), rand(2, 8) + 1), RULES)
+    assert vocabulary(after) == ["add_rms_norm"]
+    assert [n.args[1] for n in after.graph.nodes if g.op_name(n) == "getitem"] == [0]
+
+
+def test_a_softcap_below_zero_is_refused(refusal_of: RefusalOf) -> None:
+    """The op takes positive caps."""
+    program = lambda q, k, v: torch.tanh(ops.attention_scores(q, k, 0.1)) * -50.0
+    assert refusal_of("gemma_softcap", program, qkv()).reason == "the softcap -50.0 is not positive"
+
+
+def test_a_boolean_mask_stays_boolean(assert_rewrites: Rewrites) -> None:
+    """masked_fill with the lowest number: hidden keys, and rows of nothing else take the mean."""
+
+    def before(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+        scores = (q @ k.mT).masked_fill(hidden, torch.finfo(torch.float32).min)
+        return torch.softmax(scores, -1) @ v
+
+    def after(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+        return ops.attention(q, k, v, 1.0, bias=~hidden, empty_rows_mean=True)
+
+    hidden = torch.rand(2, 1, 5, 5, generator=torch.Generator().manual_seed(1)) < 0.4
+    hidden[0, 0, 2] = True
+    assert_rewrites(before, after, rules=RULES, args=(*qkv(d=8), hidden))
+
+
+# ---------------------------------------------------------------------------------------------------- words
+
+
+def test_the_nearest_miss_says_what_was_expected_and_found(refusal_of: RefusalOf) -> None:
+    """The operator that differs is named, with the node that stands there."""
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        h = x * torch.rsqrt(x.sin())  # rules whose operators are nowhere in the graph are not even tried
+        return w * (h * torch.sqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+    refusal = refusal_of("llama_rms_norm", model, (rand(2, 8), rand(8)))
+    assert refusal.reason == "expected aten.rsqrt, found aten.sqrt (sqrt)"
+    assert refusal.node == "sqrt" and refusal.depth == 2
+
+
+def test_a_literal_that_differs_is_named(refusal_of: RefusalOf) -> None:
+    """An axis is part of the pattern."""
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        return w * (x * torch.rsqrt(x.pow(2).mean(0, keepdim=True) + 1e-5))
+
+    assert refusal_of("llama_rms_norm", model, (rand(8, 8), rand(8))).reason == "expected -1, found -2"
