@@ -1,4 +1,6 @@
-"""What shares memory with what, and what a call writes: read off schemas and off the fake tensors of the trace."""
+"""What shares memory with what, and what a call writes: read off schemas and off the fake tensors of the
+trace.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ ALIAS_ONLY = frozenset({aten.detach_.default})
 
 
 def storage(value: object) -> int | None:
-    """The identity of the storage behind a fake tensor, or behind all pieces of a split; equal storages alias."""
+    """The identity of the storage behind a fake tensor, or behind all pieces of a split; equal storages
+    alias.
+    """
     if isinstance(value, torch.Tensor):
         return value.untyped_storage()._cdata
     if isinstance(value, (list, tuple)) and value:
@@ -34,7 +38,7 @@ def written_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
     """The arguments that a call writes, each once, by its schema; lists are opened."""
     found: dict[fx.Node, None] = {}
     if writes(node):
-        for argument in g.schema_arguments(node.target):  # type: ignore[arg-type]  # a call's target is callable
+        for argument in g.schema_arguments(node.target):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 given = g.arg(node, argument.name)
                 several = given if isinstance(given, (list, tuple)) else (given,)
@@ -43,10 +47,14 @@ def written_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def viewed(node: object) -> fx.Node | None:
-    """The argument that a call's result may be (a view of), by its schema; None where the result is new memory."""
+    """The argument that a call's result may be (a view of), by its schema; None where the result is new
+    memory.
+    """
     if not isinstance(node, fx.Node) or node.op != "call_function" or not node.args:
         return None
-    if node.target is operator.getitem:  # of a split's views; the outputs of any other call are memories of their own
+    if (
+        node.target is operator.getitem
+    ):  # of a split's views; the outputs of any other call are memories of their own
         source = node.args[0]
         return source if isinstance(source, fx.Node) and viewed(source) is not None else None
     for argument in g.schema_arguments(node.target):
@@ -57,13 +65,17 @@ def viewed(node: object) -> fx.Node | None:
 
 
 def _casts(node: fx.Node, source: fx.Node) -> bool:
-    """Whether a result has another dtype than what it might be a view of: then it is a copy, but for `view(dtype)`."""
+    """Whether a result has another dtype than what it might be a view of: then it is a copy, but for
+    `view(dtype)`.
+    """
     both = g.is_tensor(node) and g.is_tensor(source)
     return both and node.target is not aten.view.dtype and g.dtype(node) != g.dtype(source)
 
 
 def root(node: fx.Node) -> fx.Node:
-    """What a value may be a view of, through all views: an input, a constant or the call that made the memory."""
+    """What a value may be a view of, through all views: an input, a constant or the call that made the
+    memory.
+    """
     while (source := viewed(node)) is not None:
         node = source
     return node

@@ -1,8 +1,9 @@
-"""The one door: a Dynamo graph, an exported program, a module or a plain function becomes one pre-dispatch ATen graph.
+"""The one door: a Dynamo graph, an exported program, a module or a plain function becomes one pre-dispatch
+ATen graph.
 
-capture(model, *args) -> Captured: a graph whose placeholders are the inputs and the *named* weights. The graph owns no
-parameter: weights are bound at each call, because Dynamo runs one graph with many weight sets (two instances of a class,
-`layer.compile()` on every layer, continuous batching).
+capture(model, *args) -> Captured: a graph whose placeholders are the inputs and the *named* weights. The
+graph owns no parameter: weights are bound at each call, because Dynamo runs one graph with many weight sets
+(two instances of a class, `layer.compile()` on every layer, continuous batching).
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class Captured:
 
 
 def capture(
-    model: torch.nn.Module | torch.export.ExportedProgram | Callable[..., object], *args: object, **kwargs: object
+    model: torch.nn.Module | torch.export.ExportedProgram | Callable[..., object],
+    *args: object,
+    **kwargs: object,
 ) -> Captured:
     """Trace a model, an exported program or a plain function into a runnable ATen graph with named weights.
 
@@ -63,7 +66,8 @@ def capture(
             (its own example shapes; no arguments), or a function of tensors.
 
     Raises:
-        CaptureRefused: out of scope as a whole (unknown higher-order op, tensor subclass, sparse or complex tensor,
+        CaptureRefused: out of scope as a whole (unknown higher-order op, tensor subclass, sparse or complex
+        tensor,
             enabled autocast, data-dependent control flow), with the reason.
     """
     if isinstance(model, torch.export.ExportedProgram):
@@ -74,16 +78,22 @@ def capture(
 
 
 def from_dynamo(gm: fx.GraphModule, examples: Sequence[object]) -> Captured:
-    """The graph that Dynamo hands to a backend, with the backend's example inputs. Must run inside the backend."""
+    """The graph that Dynamo hands to a backend, with the backend's example inputs. Must run inside the
+    backend.
+    """
     mode, fakes = torch_private.backend_fakes(examples)
     sources = [torch_private.dynamo_source(n) for n in gm.graph.nodes if n.op == "placeholder"]
     traced = trace(lambda *values: Door(gm).run(*values), fakes, mode)
     _name_weights(traced, [_weight_name(source) for source in sources])
-    return Captured(traced, bind=lambda args, kwargs: list(args), unflatten=lambda outputs: outputs, mode=mode)
+    return Captured(
+        traced, bind=lambda args, kwargs: list(args), unflatten=lambda outputs: outputs, mode=mode
+    )
 
 
 def from_exported(program: torch.export.ExportedProgram) -> Captured:
-    """An exported program. Its state dict gives the weights at each call; mutated buffers are written in place."""
+    """An exported program. Its state dict gives the weights at each call; mutated buffers are written in
+    place.
+    """
     state: dict[str, object] = {**program.constants, **program.state_dict}
     return _from_exported(program, state.__getitem__)
 
@@ -121,7 +131,9 @@ def _from_exported(program: torch.export.ExportedProgram, find: Find) -> Capture
     named = {**stored, **signature.inputs_to_lifted_tensor_constants}
     fakes = [g.val(n) for n in placeholders]
     mode = torch_private.fake_mode_of(fakes) or torch_private.new_fake_mode()
-    places = {n.name: i for i, n in enumerate(placeholders)} | {path: i for i, n in enumerate(placeholders) if (path := named.get(n.name))}
+    places = {n.name: i for i, n in enumerate(placeholders)} | {
+        path: i for i, n in enumerate(placeholders) if (path := named.get(n.name))
+    }
     kinds = [(spec.kind.name, spec.target) for spec in signature.output_specs]
 
     def run(*values: object) -> tuple[object, ...]:
@@ -161,7 +173,7 @@ def _from_function(
     out_spec: list[torch_private.TreeSpec] = []
 
     def flat_function(*values: object) -> tuple[object, ...]:
-        call_args, call_kwargs = torch_private.tree_unflatten(values, in_spec)  # type: ignore[misc]  # as flattened
+        call_args, call_kwargs = torch_private.tree_unflatten(values, in_spec)
         outputs, spec = torch_private.tree_flatten(function(*call_args, **call_kwargs))
         out_spec[:] = [spec]
         return tuple(outputs)
@@ -178,7 +190,9 @@ def _from_function(
 # ------------------------------------------------------------------------------------- arguments and names
 
 
-def _flatten(args: tuple[object, ...], kwargs: Mapping[str, object], expected: torch_private.TreeSpec) -> Flat:
+def _flatten(
+    args: tuple[object, ...], kwargs: Mapping[str, object], expected: torch_private.TreeSpec
+) -> Flat:
     """The arguments of a call, flat; keyword arguments in the order in which they were captured."""
     _, names = expected.children()[1], expected.children()[1].context
     ordered = {k: kwargs[k] for k in names if k in kwargs} | dict(kwargs)
@@ -189,7 +203,9 @@ def _flatten(args: tuple[object, ...], kwargs: Mapping[str, object], expected: t
 
 
 def _weight_name(source: str) -> tuple[str, ...]:
-    """`L['self']._modules['fc']._parameters['weight']` -> ("fc.weight",); () for what is no parameter or buffer."""
+    """`L['self']._modules['fc']._parameters['weight']` -> ("fc.weight",); () for what is no parameter or
+    buffer.
+    """
     parts = re.findall(r"_modules\['([^']+)'\]|_(?:parameters|buffers)\['([^']+)'\]$", source)
     if not parts or not parts[-1][1]:
         return ()
@@ -198,7 +214,8 @@ def _weight_name(source: str) -> tuple[str, ...]:
 
 
 def _name_weights(gm: fx.GraphModule, names: Sequence[tuple[str, ...]]) -> None:
-    """Mark the placeholders that are weights, with readable names; one that the graph writes is an input instead.
+    """Mark the placeholders that are weights, with readable names; one that the graph writes is an input
+    instead.
 
     Tied weights are read from the first of their placeholders.
     """

@@ -1,4 +1,5 @@
-"""The one door to torch's private APIs: each function says what it reaches, and `tests/test_torch_private.py` tests it.
+"""The one door to torch's private APIs: each function says what it reaches, and `tests/test_torch_private.py`
+tests it.
 
 Supported: torch >= 2.11. Where the versions differ, the difference is handled here and nowhere else.
 """
@@ -40,12 +41,17 @@ def fake_mode_of(values: Sequence[object]) -> FakeTensorMode | None:
 
 
 def faked(values: Sequence[object], mode: FakeTensorMode) -> list[object]:
-    """The values with every real tensor as a fake of the same sizes and strides; tensors that alias still alias."""
-    return [mode.from_tensor(v) if isinstance(v, torch.Tensor) and not isinstance(v, FakeTensor) else v for v in values]
+    """The values with every real tensor as a fake of the same sizes and strides; tensors that alias still
+    alias.
+    """
+    return [
+        mode.from_tensor(v) if isinstance(v, torch.Tensor) and not isinstance(v, FakeTensor) else v
+        for v in values
+    ]
 
 
 def symbolic_int(mode: FakeTensorMode, name: str, hint: int) -> torch.SymInt:
-    """A fresh symbolic size. Not duck-shaped: two of the same hint stay different, 0 and 1 are not special."""
+    """A fresh symbolic size. Not duck-shaped: two of one hint stay different, 0 and 1 are not special."""
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic
 
@@ -70,7 +76,9 @@ def _shape_env(mode: FakeTensorMode) -> ShapeEnv:
 
 
 def raw_expression(size: object) -> object:
-    """A SymInt's expression before the shape environment replaced symbols that it found equal; others unchanged."""
+    """A SymInt's expression before the shape environment replaced symbols that it found equal; others
+    unchanged.
+    """
     if isinstance(size, (torch.SymInt, torch.SymFloat)):
         return size.node._expr
     return size
@@ -85,24 +93,28 @@ def equalities(mode: FakeTensorMode) -> tuple[object, ...]:
 def trace(function: Callable[..., object], fakes: Sequence[object], mode: FakeTensorMode) -> fx.GraphModule:
     """Record the pre-dispatch ATen calls of a function on fake tensors, keeping each Dynamo node's metadata.
 
-    The one trace behind every door: Dynamo graphs, exported programs and patterns all come through here. Gradients
-    are off: an in-place write to a parameter would be an error otherwise.
+    The one trace behind every door: Dynamo graphs, exported programs and patterns all come through here.
+    Gradients are off: an in-place write to a parameter would be an error otherwise.
     """
     context = torch._guards.TracingContext.try_get()
-    apart = context is not None and context.fake_mode is not mode  # a pattern, traced while Dynamo compiles a model
+    apart = (
+        context is not None and context.fake_mode is not mode
+    )  # a pattern, traced while Dynamo compiles a model
     outer = torch._guards.tracing(None) if apart else contextlib.nullcontext()
     with outer, mode, torch.no_grad(), torch.fx.traceback.preserve_node_meta():
         return make_fx(function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
 
 
 def backend_fakes(examples: Sequence[object]) -> tuple[FakeTensorMode, list[object]]:
-    """Inside a Dynamo backend: Dynamo's own fake mode and a fake (static or symbolic as Dynamo decided) for each input.
+    """Inside a Dynamo backend: Dynamo's own fake mode and a fake (static or symbolic as Dynamo decided) for
+    each input.
 
-    `source=` matters: without it lifted floats under dynamic=True die at `item`; `meta["example_value"]` would mix
-    fake modes.
+    `source=` matters: without it lifted floats under dynamic=True die at `item`; `meta["example_value"]`
+    would mix fake modes.
     """
     context = torch._guards.TracingContext.get()
     mode = context.fake_mode
+    assert mode is not None, "Dynamo has a fake mode when it calls a backend"
     fakes: list[object] = []
     for example in examples:
         if not isinstance(example, torch.Tensor):
@@ -126,7 +138,9 @@ def in_backend() -> bool:
 
 
 def dynamo_source(placeholder: fx.Node) -> str:
-    """How Dynamo spells where a placeholder comes from, as `L['self']._modules['fc']._parameters['weight']`; or ''."""
+    """How Dynamo spells where a placeholder comes from, as `L['self']._modules['fc']._parameters['weight']`;
+    or ''.
+    """
     grapharg = placeholder.meta.get("grapharg")
     source = getattr(grapharg, "source", None)
     if source is None:
@@ -141,28 +155,33 @@ def is_higher_order(target: object) -> bool:
 
 
 def is_traceable_subclass(value: object) -> bool:
-    """Whether a value is a wrapper tensor subclass (DTensor, NestedTensor, quantized subclasses), which we refuse."""
+    """Whether a value is a wrapper tensor subclass (DTensor, NestedTensor, quantized subclasses), which we
+    refuse.
+    """
     return torch.utils._python_dispatch.is_traceable_wrapper_subclass(value)
 
 
 def recompile_limit_reached() -> str:
-    """Inside a backend: a warning if Dynamo will not compile this function again (it then runs eagerly, silently)."""
+    """Inside a backend: a warning if Dynamo will not compile this function again (it then runs eagerly,
+    silently).
+    """
     compile_id = torch._guards.CompileContext.current_compile_id()
     limit = torch._dynamo.config.recompile_limit
     done = getattr(compile_id, "frame_compile_id", None)
     if done is None or done + 1 != limit:  # beyond it, torch counts by object (self, a closure) and goes on
         return ""
     return (
-        f"this is compilation {done + 1} of {limit} of one function: from the next new shape on, torch runs it "
-        "eagerly; compile with dynamic=True, or raise torch._dynamo.config.recompile_limit"
+        f"this is compilation {done + 1} of {limit} of one function: from the next new shape on, torch runs "
+        "it eagerly; compile with dynamic=True, or raise torch._dynamo.config.recompile_limit"
     )
 
 
 def outputs_need_gradients(gm: fx.GraphModule) -> bool:
     """Whether any computed output of a Dynamo graph requires grad.
 
-    Judged by example values, so that `no_grad` and `enable_grad` inside count. A parameter that is returned as
-    it came was not computed; under `no_grad`, a view of one says that it requires grad and has no `grad_fn`.
+    Judged by example values, so that `no_grad` and `enable_grad` inside count. A parameter that is returned
+    as it came was not computed; under `no_grad`, a view of one says that it requires grad and has no
+    `grad_fn`.
     """
     output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     values = [n.meta.get("example_value") for n in output.all_input_nodes if n.op != "placeholder"]
@@ -178,7 +197,7 @@ def inductor(gm: fx.GraphModule, examples: Sequence[object]) -> Callable[..., ob
 
 
 def steers_dynamo(error: Exception) -> bool:
-    """Whether an exception is Dynamo's way of control (restart the analysis, skip the frame): let it through."""
+    """Whether an exception is Dynamo's way of control (restart, skip the frame): let it through."""
     failed = torch._dynamo.exc.BackendCompilerFailed  # Inductor's errors are of this kind
     return isinstance(error, torch._dynamo.exc.TorchDynamoException) and not isinstance(error, failed)
 
@@ -206,7 +225,8 @@ def specialise(value: torch.SymFloat, number: float) -> None:
 
 
 def lazy_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """A GraphModule whose `recompile` only marks it: its code is generated when it is called, printed or asked for.
+    """A GraphModule whose `recompile` only marks it: its code is generated when it is called, printed or
+    asked for.
 
     Passes may recompile after each edit then; generating the code of 1000 nodes takes 25 ms.
     """
@@ -223,7 +243,9 @@ def compile_now(gm: fx.GraphModule) -> None:
 
 
 def learn_equal(a: object, b: object) -> bool:
-    """Tell the shape environment that two sizes are equal, as a guard: what an operator requires but never checks."""
+    """Tell the shape environment that two sizes are equal, as a guard: what an operator requires but never
+    checks.
+    """
     if not isinstance(a, torch.SymInt) and not isinstance(b, torch.SymInt):
         return a == b
     return bool(a == b)
@@ -231,7 +253,9 @@ def learn_equal(a: object, b: object) -> bool:
 
 @contextlib.contextmanager
 def no_dispatch_of(mode: FakeTensorMode) -> Iterator[None]:
-    """Run fake computations under a mode, with its guards suppressed: looking at a value never specialises it."""
+    """Run fake computations under a mode, with its guards suppressed: looking at a value never specialises
+    it.
+    """
     env = mode.shape_env
     with mode, env.suppress_guards() if env is not None else contextlib.nullcontext():
         yield

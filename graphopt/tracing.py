@@ -1,4 +1,6 @@
-"""The one trace: any recorded program, run on fakes, becomes pre-dispatch ATen with its provenance on every node."""
+"""The one trace: any recorded program, run on fakes, becomes pre-dispatch ATen with its provenance on every
+node.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,25 @@ from graphopt import graph as g
 from graphopt import torch_private
 from graphopt.errors import CaptureRefused
 
-# Calls that are recorded and that mean nothing for inference. `inference_mode` inside a graph only marks tensors.
+# Calls that are recorded and that mean nothing for inference. `inference_mode` inside a graph only marks
+# tensors.
 _IGNORED = frozenset(
-    {"_log_api_usage_once", "_set_grad_enabled", "set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"}
+    {
+        "_log_api_usage_once",
+        "_set_grad_enabled",
+        "set_grad_enabled",
+        "_enter_inference_mode",
+        "_exit_inference_mode",
+    }
 )
 # Higher-order operators whose body is simply run in place -> where their body stands among the arguments.
 _DISSOLVED = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 # dropout(x, p, train): x itself where p is 0 or train is False.
-_DROPOUTS = frozenset({getattr(torch.ops.aten, n).default for n in ("dropout", "feature_dropout", "alpha_dropout")})
-# Operators that write to arguments which their schema calls read-only -> the argument that says whether they do.
+_DROPOUTS = frozenset(
+    {getattr(torch.ops.aten, n).default for n in ("dropout", "feature_dropout", "alpha_dropout")}
+)
+# Operators that write to arguments which their schema calls read-only -> the argument that says whether they
+# do.
 _UNDECLARED_WRITES = {
     torch.ops.aten.batch_norm.default: "training",
     torch.ops.aten.native_batch_norm.default: "training",
@@ -31,7 +43,7 @@ _UNDECLARED_WRITES = {
 class Door(fx.Interpreter):
     """Runs a recorded graph under the tracer: regions dissolve, what is out of scope is refused by name."""
 
-    def call_function(self, target: object, args: tuple, kwargs: dict) -> object:  # type: ignore[override, type-arg]  # fx's own signature is loose
+    def call_function(self, target: object, args: tuple, kwargs: dict) -> object:
         """As fx's, but for modes, regions and higher-order operators."""
         name = getattr(target, "__name__", str(target))
         if name in _IGNORED or name == "_exit_autocast":
@@ -84,7 +96,7 @@ def _dissolve(graph: fx.Graph) -> None:
         if name in _IGNORED or name in ("_enter_autocast", "_exit_autocast"):
             graph.erase_node(node)
         elif node.target in _DROPOUTS and not (node.args[1] and node.args[2]):  # its fake says that it copies
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]  # a node
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
 
@@ -119,10 +131,14 @@ def check_inputs(values: Sequence[object]) -> None:
 
 
 def _refuse_enabled_autocast(args: tuple[object, ...]) -> None:
-    """Autocast that is on inside the graph: its casts happen below the tracer, so what it records would be wrong."""
+    """Autocast that is on inside the graph: its casts happen below the tracer, so what it records would be
+    wrong.
+    """
     device, dtype, enabled = (*args, None, None, True)[:3]
     if enabled:
-        raise CaptureRefused(f"a region runs under autocast({device!r}, {dtype}); convert the model with model.to(dtype)")
+        raise CaptureRefused(
+            f"a region runs under autocast({device!r}, {dtype}); convert the model with model.to(dtype)"
+        )
 
 
 def _check_node(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -137,12 +153,16 @@ def _check_node(gm: fx.GraphModule, node: fx.Node) -> None:
     if node.op == "get_attr":
         constant = getattr(gm, str(node.target))
         if isinstance(constant, torch_private.FakeTensor):
-            raise CaptureRefused(f"a tensor of unknown origin is read ({node.name}); the tracer has lost sight of it")
+            raise CaptureRefused(
+                f"a tensor of unknown origin is read ({node.name}); the tracer has lost sight of it"
+            )
         if torch_private.is_traceable_subclass(constant):
             raise CaptureRefused(f"a constant is a tensor subclass, {type(constant).__name__}")
     flag = _UNDECLARED_WRITES.get(node.target)  # type: ignore[call-overload]  # any target may be asked for
     if flag is not None and g.arg(node, flag) and g.arg(node, "running_mean") is not None:
-        raise CaptureRefused(f"{node.target} in training mode updates its running statistics; call model.eval()")
+        raise CaptureRefused(
+            f"{node.target} in training mode updates its running statistics; call model.eval()"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- provenance

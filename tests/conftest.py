@@ -9,7 +9,8 @@ from graphopt import graph as g
 from graphopt.rewrite import Refusal
 from graphopt.rule import Rule
 from graphopt.translate import Translation
-from tests.rule_cases import EQUATIONS, canonical, outputs, rewritten
+from tests.rewriting import canonical, outputs, rewritten
+from tests.rule_cases import EQUATIONS
 from tests.tolerances import close
 
 

@@ -19,7 +19,9 @@ Tensors: TypeAlias = "Sequence[torch.Tensor]"
 
 def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are the same place in memory: one storage, and it is not empty."""
-    return a.numel() > 0 and b.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    return (
+        a.numel() > 0 and b.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    )
 
 
 def relations(tensors: Tensors) -> set[tuple[int, int]]:
@@ -33,12 +35,18 @@ def identities(tensors: Tensors) -> set[tuple[int, int]]:
     return {(i, j) for i, j in itertools.combinations(range(len(tensors)), 2) if tensors[i] is tensors[j]}
 
 
-def assert_same(got: torch.Tensor, want: torch.Tensor, what: str, exact: bool = True, layout: bool = True) -> None:
+def assert_same(
+    got: torch.Tensor, want: torch.Tensor, what: str, exact: bool = True, layout: bool = True
+) -> None:
     """Value for value; dtype, shape and, with `layout`, strides too."""
-    assert got.dtype == want.dtype and got.shape == want.shape, f"{what}: {got.dtype} {got.shape}, eager {want.dtype} {want.shape}"
+    assert got.dtype == want.dtype and got.shape == want.shape, (
+        f"{what}: {got.dtype} {got.shape}, eager {want.dtype} {want.shape}"
+    )
     sizes = [i for i, n in enumerate(want.shape) if n != 1] if want.numel() else []
     strides = [(got.stride(i), want.stride(i)) for i in sizes]
-    assert not layout or all(a == b for a, b in strides), f"{what}: strides {got.stride()}, eager {want.stride()}"
+    assert not layout or all(a == b for a, b in strides), (
+        f"{what}: strides {got.stride()}, eager {want.stride()}"
+    )
     assert got.requires_grad == want.requires_grad, what
     if exact:
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}")
@@ -47,7 +55,13 @@ def assert_same(got: torch.Tensor, want: torch.Tensor, what: str, exact: bool = 
 
 
 def compare(
-    eager: Program, compiled: Program, arguments: tuple, *, exact: bool = True, layout: bool = True, seed: int = 0
+    eager: Program,
+    compiled: Program,
+    arguments: tuple,
+    *,
+    exact: bool = True,
+    layout: bool = True,
+    seed: int = 0,
 ) -> None:
     """Run both on their own copies of the arguments; everything that a caller can see has to be the same."""
     sides = []
@@ -77,11 +91,17 @@ def compare(
 
 
 def as_eager(
-    program: Program, *arguments: object, dynamic: bool | None = None, exact: bool = True, graphs: int | None = 1, strict: bool = True
+    program: Program,
+    *arguments: object,
+    dynamic: bool | None = None,
+    exact: bool = True,
+    graphs: int | None = 1,
+    strict: bool = True,
 ) -> None:
     """The compiled program is the eager one, on the arguments and again on them; nothing fell back.
 
-    `graphs` is how many graphs were compiled; None where Dynamo may need none. Not `strict`: it need match no rule.
+    `graphs` is how many graphs were compiled; None where Dynamo may need none. Not `strict`: it need match no
+    rule.
     """
     torch.compiler.reset()
     backend.clear_reports()

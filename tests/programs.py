@@ -83,7 +83,9 @@ def _overlap(x: Tensor, y: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Program:
-    """Steps over a pool of tensors that begins with the inputs; each step adds its result. Returns some of the pool."""
+    """Steps over a pool of tensors that begins with the inputs; each step adds its result. Returns some of
+    the pool.
+    """
 
     inputs: tuple[tuple[int, ...], ...]
     steps: tuple[Step, ...]

@@ -7,15 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from graphopt import graph as g
 from graphopt.binding import evaluate
-from graphopt.capture import capture
 from graphopt.defaults import RULES
-from graphopt.observe import Event, Matched, Refused
-from graphopt.passes.canonicalize import canonicalize
-from graphopt.rewrite import Match, Refusal, Rewriter
 from graphopt.rule import Carried, Float, Parameter, Part, Rule, Side, Symbolic, T, Text
 from graphopt.translate import Translation
 
@@ -262,56 +258,6 @@ def run(
             kwargs = {k: argument(v) for k, v in part.kwargs.items()}
             made[part] = part.target(*(argument(a) for a in part.args), **kwargs)  # type: ignore[operator]  # a call
     return tuple(argument(out) for out in side.outputs)  # type: ignore[misc]  # tensors
-
-
-def outputs(result: object) -> tuple[Tensor, ...]:
-    """A function's result as a tuple."""
-    return (result,) if isinstance(result, Tensor) else tuple(result)  # type: ignore[arg-type]  # a sequence
-
-
-# ------------------------------------------------------------------------------------------------- rewriting
-
-
-class Watch:
-    """Keeps what a rewriter tells."""
-
-    def __init__(self) -> None:
-        self.matches: list[Match] = []
-        self.refusals: list[Refusal] = []
-
-    def on_event(self, event: Event) -> None:
-        """Keep matches and refusals."""
-        if isinstance(event, Matched):
-            self.matches.append(event.match)
-        if isinstance(event, Refused):
-            self.refusals.append(event.refusal)
-
-
-def canonical(function: Callable[..., object], *inputs: object) -> fx.GraphModule:
-    """A plain function's canonical graph."""
-    gm = capture(function, *inputs).gm
-    canonicalize(gm)
-    return gm
-
-
-def rewritten(
-    gm: fx.GraphModule,
-    rules: Sequence[Rule | Translation],
-    *,
-    deny: frozenset[str] = frozenset(),
-    fuel: int | None = None,
-) -> tuple[fx.GraphModule, Watch]:
-    """A copy of a graph after the rules, and what they told."""
-    copy, watch = fx.GraphModule(gm, g.copy_graph(gm.graph)), Watch()
-    copy.meta.update(gm.meta)
-    Rewriter(copy, tuple(rules), canonicalize, (watch,), deny, fuel).run()
-    copy.recompile()
-    return copy, watch
-
-
-def vocabulary(gm: fx.GraphModule) -> list[str]:
-    """The names of the ops of ours that a graph calls, in order."""
-    return [g.op_name(n) for n in gm.graph.nodes if g.is_call(n) and g.is_ours(n.target)]
 
 
 def pattern_of(rule: Rule, values: Values) -> tuple[Callable[..., object], list[Tensor]]:

@@ -15,7 +15,8 @@ from graphopt.defaults import RULES
 from graphopt.passes.canonicalize import canonicalize
 from graphopt.rewrite import Rewriter, find_place
 from graphopt.rule import T, rule
-from tests.rule_cases import EQUATIONS, Watch, canonical, rewritten, vocabulary
+from tests.rewriting import Watch, canonical, rewritten, vocabulary
+from tests.rule_cases import EQUATIONS
 
 NAMED = {r.name: r for r in EQUATIONS}
 aten = torch.ops.aten

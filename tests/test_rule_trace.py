@@ -1,4 +1,4 @@
-"""Rules as values: specs, literals as expressions of names, variants, and what is an error when a rule is made."""
+"""Rules as values: specs, literals as expressions of names, variants, and what is an error in making one."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_scalars_may_be_combined() -> None:
         return (x + a) * b
 
     found = rule(
-        scaled, lambda x, a, b: (x + a * b) * (1.0 / b) - a / b, x=T("n"), a=Float(0.3), b=Float(0.7)
+        scaled, lambda x, a, b: (x + a * b) * (1.0 / b) + a / b, x=T("n"), a=Float(0.3), b=Float(0.7)
     )
     (variant,) = variants(found, (F32,), canonicalize)
     assert literals(variant.pattern) == {"a", "b"}

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 from torch import Tensor, fx
 
 from graphopt import graph as g
-from graphopt.accuracy import HALF, judge, raise_to_fp64
+from graphopt import torch_private
+from graphopt.accuracy import raise_to_fp64
 from graphopt.defaults import RULES
 from graphopt.match import VIEWS
 from graphopt.passes.canonicalize import canonicalize
 from graphopt.rule import Rule, Variant, variants
 from tests.mutations import mutants, read_outside
+from tests.rewriting import agree, canonical, outputs, rewritten, vocabulary
 from tests.rule_cases import (
+    AROUND,
     DTYPES,
     EQUATIONS,
     SQUARE,
     TIDY,
     Point,
     arguments,
-    canonical,
     carried,
-    outputs,
     pattern_of,
     points,
-    rewritten,
     run,
-    vocabulary,
+    tensors,
 )
 from tests.tolerances import close
 
@@ -60,21 +61,6 @@ def of_dtypes(rule: Rule) -> list[Variant]:
 def lowest(dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
     """The dtype whose tolerance counts."""
     return max(dtypes.values(), key=lambda d: torch.finfo(d).eps, default=torch.float32)
-
-
-def agree(exact: Tensor, eager: Tensor, ours: Tensor, dtype: torch.dtype, where: str) -> None:
-    """Element by element in full precision; in half, ours may be as far from fp64 as eager is."""
-    exact, eager, ours = (
-        x.masked_fill(x == torch.finfo(x.dtype).min, -torch.inf) for x in (exact, eager, ours)
-    )
-    if dtype in HALF:
-        verdict = judge(exact.double(), eager, ours, dtype)
-        assert verdict.ok, f"{where}: {verdict}"
-        return
-    try:
-        close(ours, exact, dtype)
-    except AssertionError as error:
-        raise AssertionError(f"{where}: {error}") from error
 
 
 @by_rule
@@ -151,6 +137,42 @@ def test_fires_on_its_own_pattern(rule: Rule, dtype: torch.dtype) -> None:
             assert not rewritten(whole, RULES)[1].matches
 
 
+@by_rule
+def test_fires_with_symbols(rule: Rule) -> None:
+    """Every size a symbol of its own and every scalar a graph value, as with dynamic=True: one match."""
+    at = Point(TIDY)
+    values = arguments(rule, at)
+    mode = torch_private.new_fake_mode(symbolic=True)
+    literal = {n for n in TIDY if n in rule.specs} | (
+        {"d"} if "rope" in rule.name else set()
+    )  # even, for sure
+    symbols = {n: m if n in literal else torch_private.symbolic_int(mode, n, m) for n, m in TIDY.items()}
+    lead = [torch_private.symbolic_int(mode, f"lead{i}", n) for i, n in enumerate(at.lead)]
+    fakes: list[object] = []
+    for spec in tensors(rule).values():
+        sizes: list[object] = []
+        for word in spec.dims.split():
+            factors = [symbols[f] for f in word.removesuffix("|1").split("*")] if word[:3] != "..." else []
+            sizes += [math.prod(factors)] if factors else lead
+        with mode:
+            fakes.append(torch.empty(sizes, dtype=at.dtype(spec)))  # type: ignore[call-overload]  # symbolic sizes
+    scalars = {n: v for n, v in values.items() if isinstance(v, float)}
+    fakes += [torch_private.symbolic_float(mode, n, v) for n, v in scalars.items()]
+    names = [*tensors(rule), *scalars]
+    fixed = {n: v for n, v in values.items() if n not in names}
+    around = AROUND.get(rule.name, lambda x: x)
+
+    def program(*given: object) -> object:
+        result = rule.pattern(**dict(zip(names, given, strict=True)), **fixed)
+        return around(result) if isinstance(result, Tensor) else result
+
+    after, seen = rewritten(canonical(program, *fakes), (rule,))
+    assert [m.rule for m in seen.matches] == [rule.name], seen.refusals
+    real = [values[n] for n in names]
+    for want, have in zip(outputs(program(*real)), after(*real), strict=True):
+        close(have, want, torch.float32)
+
+
 # ------------------------------------------------------------------------------------------------- refusing
 
 
@@ -204,3 +226,61 @@ def test_inner_values_that_are_read_outside_stay(rule: Rule) -> None:
             continue
         assert not seen.matches, f"{inner} is also returned"
         assert any(r.reason == f"{inner} is also used by output" for r in seen.refusals), seen.refusals
+
+
+# ------------------------------------------------------------------------------------------- several rules
+
+
+def _turned(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * c + torch.cat((-x[..., half:], x[..., :half]), -1) * s
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+    """rope, repeated kv heads, a softcap, an additive mask, the transpose back: attention's neighbours."""
+    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+    q, k = _turned(q, c, s), _turned(k, c, s)
+    k, v = (x[:, :, None].expand(4, 2, 2, 4, 4).reshape(4, 4, 4, 4) for x in (k, v))
+    scores = torch.tanh(q @ k.transpose(2, 3) * 0.5 / 30.0) * 30.0 + mask
+    return (torch.softmax(scores, -1) @ v).transpose(1, 2).reshape(4, 4, 16)
+
+
+def gated_block(x: Tensor, r: Tensor, w: Tensor, up: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """A residual, a norm and a gated MLP."""
+    x = x + r
+    h = w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
+    return torch.nn.functional.silu(h @ gate.T) * torch.nn.functional.linear(h, up), x
+
+
+def gelu_block(x: Tensor, r: Tensor, w: Tensor, b: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """A residual, a layer norm and GPT-2's GELU."""
+    x = x + r
+    h = torch.nn.functional.linear(torch.nn.functional.layer_norm(x, (4,), w, b), up)
+    return 0.5 * h * (1.0 + torch.tanh(0.7978845608028654 * (h + 0.044715 * h.pow(3.0)))), x
+
+
+BLOCKS = {
+    grouped_attention: ((4, 4, 4, 4), (4, 2, 4, 4), (4, 2, 4, 4), (4, 4, 4), (4, 4, 4), (4, 4, 4, 4)),
+    gated_block: ((4, 4), (4, 4), (4,), (4, 4), (4, 4)),
+    gelu_block: ((4, 4), (4, 4), (4,), (4,), (4, 4)),
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda f: f.__name__)
+def test_no_mutant_of_a_block_becomes_something_else(block: Callable[..., object]) -> None:
+    """What the whole table makes of a wrong block is as wrong as the block, and equal to it."""
+    random = torch.Generator().manual_seed(5)
+    inputs = [torch.randn(shape, generator=random) for shape in BLOCKS[block]]
+    gm = canonical(block, *inputs)
+    made = vocabulary(rewritten(gm, RULES)[0])
+    changed = 0
+    for label, mutant in mutants(gm):
+        after, _ = rewritten(mutant, RULES)
+        changed += vocabulary(after) != made
+        try:
+            expected = numbers(mutant, inputs)
+        except (RuntimeError, ValueError, IndexError):
+            continue
+        for want, have in zip(expected, numbers(after, inputs), strict=True):
+            torch.testing.assert_close(have, want, rtol=1e-9, atol=1e-9, equal_nan=True, msg=label)
+    assert changed > 10

@@ -1,4 +1,6 @@
-"""What `torch.compile(backend="graphopt")` may not change: outputs' memory and strides, randomness, modes, arguments."""
+"""What `torch.compile(backend="graphopt")` may not change: outputs' memory and strides, randomness, modes,
+arguments.
+"""
 
 import pytest
 import torch
@@ -122,8 +124,22 @@ def from_nothing(x):
 
 ALIASES = [
     *(the_input, view_of_the_input, views_of_the_input, written_input, copy_of_the_input, copies_apart),
-    *(equal_results, one_result_twice, result_and_its_view, result_and_its_copy, no_cast, written_view_and_base),
-    *(written_result_and_its_view, written_view_alone, split_results, reshape_that_copies, constant_returned, same_zeros_returned),
+    *(
+        equal_results,
+        one_result_twice,
+        result_and_its_view,
+        result_and_its_copy,
+        no_cast,
+        written_view_and_base,
+    ),
+    *(
+        written_result_and_its_view,
+        written_view_alone,
+        split_results,
+        reshape_that_copies,
+        constant_returned,
+        same_zeros_returned,
+    ),
     *(same_arange_returned, nested_outputs, numbers, from_nothing),
 ]
 
@@ -177,12 +193,23 @@ def copied_like(x):
 
 
 def casted(x):
-    return x.transpose(0, 2).double(), x.transpose(0, 2).to(torch.float64, memory_format=torch.contiguous_format)
+    return x.transpose(0, 2).double(), x.transpose(0, 2).to(
+        torch.float64, memory_format=torch.contiguous_format
+    )
 
 
 @pytest.mark.parametrize(
     "program",
-    [permuted, contiguous_again, through_a_linear, expanded, strided, stepped_after_contiguous, summed, catted]
+    [
+        permuted,
+        contiguous_again,
+        through_a_linear,
+        expanded,
+        strided,
+        stepped_after_contiguous,
+        summed,
+        catted,
+    ]
     + [copied_like, casted],
     ids=lambda f: f.__name__,
 )
@@ -196,7 +223,13 @@ def test_channels_last_stays() -> None:
 
     def program(x, weight):
         y = nn.functional.conv2d(x, weight, padding=1)
-        return y, y.relu(), (x * 2).contiguous(), x.contiguous(memory_format=torch.channels_last) + 1, x.clone()
+        return (
+            y,
+            y.relu(),
+            (x * 2).contiguous(),
+            x.contiguous(memory_format=torch.channels_last) + 1,
+            x.clone(),
+        )
 
     as_eager(program, image, torch.randn(3, 3, 3, 3), exact=False, strict=False)
 
@@ -244,7 +277,9 @@ def test_random_numbers_are_eagers(program) -> None:
 
 
 def test_a_model_in_training_mode_drops_as_eager() -> None:
-    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 2)).train()
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.Dropout(0.3), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 2)
+    ).train()
     as_eager(model, torch.randn(5, 4), exact=False)
 
 
@@ -334,7 +369,13 @@ def test_more_than_64_arguments() -> None:
 def test_empty_and_single_sizes(shape: tuple[int, int], dynamic: bool) -> None:
     def program(x, weight):
         h = nn.functional.linear(x, weight).softmax(-1)
-        return h, h.sum(0), x.t().reshape(-1), x.mean(-1, keepdim=True).expand_as(x), x.unsqueeze(1).squeeze(1)
+        return (
+            h,
+            h.sum(0),
+            x.t().reshape(-1),
+            x.mean(-1, keepdim=True).expand_as(x),
+            x.unsqueeze(1).squeeze(1),
+        )
 
     as_eager(program, torch.randn(shape), torch.randn(5, shape[1]), dynamic=dynamic, exact=False)
 
@@ -364,7 +405,8 @@ def test_a_graph_break_between_writes() -> None:
     as_eager(program, x34() + 100, graphs=None)
 
 
-# --------------------------------------------------------------------------------------- buffers and parameters
+# --------------------------------------------------------------------------------------- buffers and
+# parameters
 
 
 class Statistics(nn.Module):
@@ -411,7 +453,8 @@ def test_batch_norm_in_training_mode_falls_back() -> None:
     assert torch.equal(mine.running_mean, eager.running_mean) and mine.num_batches_tracked == 1
 
 
-# ----------------------------------------------------------------------------------------------- custom operators
+# ----------------------------------------------------------------------------------------------- custom
+# operators
 
 LIBRARY = torch.library.Library("graphopt_test", "FRAGMENT")
 
@@ -439,7 +482,9 @@ def _scale_and_sum(x, factor):
 
 library_op("increment_(Tensor(a!) x, int by) -> ()", _increment)
 library_op("fill_pair(Tensor(a!) a, Tensor(b!) b, float value) -> ()", _fill_pair)
-library_op("scale_and_sum(Tensor(a!) x, float factor) -> Tensor", _scale_and_sum, lambda x, factor: x.new_empty(()))
+library_op(
+    "scale_and_sum(Tensor(a!) x, float factor) -> Tensor", _scale_and_sum, lambda x, factor: x.new_empty(())
+)
 
 
 def barrier(x):
@@ -470,7 +515,9 @@ def unread_barrier(x):
     torch.ops.graphopt_test.increment_(x, 1)
 
 
-@pytest.mark.parametrize("program", [barrier, barrier_on_a_view, barrier_with_a_result, unread_barrier], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "program", [barrier, barrier_on_a_view, barrier_with_a_result, unread_barrier], ids=lambda f: f.__name__
+)
 def test_an_unknown_writing_operator_is_a_barrier(program) -> None:
     as_eager(program, x34())
 

@@ -1,11 +1,14 @@
-"""Turn in-place calls into values: mutation becomes pure ops, and what an input gained is written back at the end.
+"""Turn in-place calls into values: mutation becomes pure ops, and what an input gained is written back at the
+end.
 
-    cache.index_copy_(2, pos, k); use(cache)   ->   c1 = index_copy(cache, 2, pos, k); use(c1); copy_(cache, c1)
+    cache.index_copy_(2, pos, k); use(cache)   ->   c1 = index_copy(cache, 2, pos, k); use(c1); copy_(cache,
+    c1)
 
-Aliasing is read off the fake tensors of the trace: two values alias when they share a storage. So no-op casts,
-`contiguous` and `reshape` are judged as they really behaved, and views are regenerated from the newest value of their base
-(functionalization as in PyTorch's own, https://dev-discuss.pytorch.org/t/functionalization-in-pytorch/965, kept at the
-pre-dispatch level where `linear` and attention are still whole).
+Aliasing is read off the fake tensors of the trace: two values alias when they share a storage. So no-op
+casts, `contiguous` and `reshape` are judged as they really behaved, and views are regenerated from the newest
+value of their base (functionalization as in PyTorch's own,
+https://dev-discuss.pytorch.org/t/functionalization-in-pytorch/965, kept at the pre-dispatch level where
+`linear` and attention are still whole).
 """
 
 from __future__ import annotations
@@ -28,7 +31,18 @@ aten = torch.ops.aten
 
 # In-place calls that change a tensor's own sizes or storage: a value has no such thing.
 METADATA_WRITES = frozenset(
-    {"resize_", "resize_as_", "set_", "squeeze_", "unsqueeze_", "transpose_", "t_", "as_strided_", "swapaxes_", "swapdims_"}
+    {
+        "resize_",
+        "resize_as_",
+        "set_",
+        "squeeze_",
+        "unsqueeze_",
+        "transpose_",
+        "t_",
+        "as_strided_",
+        "swapaxes_",
+        "swapdims_",
+    }
 )
 
 
@@ -38,7 +52,8 @@ def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
     A writing operator without a pure form runs on a copy that nobody else sees: a barrier, precise by alias.
 
     Raises:
-        CaptureRefused: a write that has no meaning as a value (sizes or storage changed in place, a write through
+        CaptureRefused: a write that has no meaning as a value (sizes or storage changed in place, a write
+        through
             `expand`, into two inputs that share memory, or into a constant).
     """
     if not any(writes(n) for n in gm.graph.nodes):
@@ -61,7 +76,9 @@ class _Functionalizer:
     source: fx.GraphModule
     out: fx.Graph = field(default_factory=fx.Graph)
     entry: dict[fx.Node, fx.Node] = field(default_factory=dict)  # old placeholder -> new placeholder
-    env: dict[fx.Node, tuple[fx.Node, int]] = field(default_factory=dict)  # old node -> its value at a version
+    env: dict[fx.Node, tuple[fx.Node, int]] = field(
+        default_factory=dict
+    )  # old node -> its value at a version
     memories: dict[int, _Memory] = field(default_factory=dict)
 
     def run(self) -> fx.GraphModule:
@@ -72,12 +89,12 @@ class _Functionalizer:
                 self.write(node)
             else:
                 self.keep(node)
-        result = fx.GraphModule(self.source, self.out)
+        result = torch_private.lazy_module(self.source, self.out)
         result.meta.update(self.source.meta)
         return result
 
     def memory(self, node: fx.Node) -> _Memory | None:
-        """The memory behind an old node, if it is a tensor (or the pieces of one) that has been brought in."""
+        """The memory behind an old node, if it is a tensor (or pieces of one) that was brought in."""
         key = storage(g.val(node))
         return None if key is None else self.memories.get(key)
 
@@ -123,14 +140,16 @@ class _Functionalizer:
     # -------------------------------------------------------------------------------------------- writing
 
     def write(self, node: fx.Node) -> None:
-        """Compute what a call writes with a pure op where there is one, and make it the newest of its memory."""
+        """Compute what a call writes, by a pure op where there is one: the newest value of its memory."""
         targets = written_arguments(node)
         name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]  # an OpOverload
         if name in METADATA_WRITES:
             raise CaptureRefused(f"{name} changes a tensor's sizes or storage in place ({_where(node)})")
         for target in targets:
             if storage(g.val(target)) is None or isinstance(g.val(target), (list, tuple)):
-                raise CaptureRefused(f"{node.target} writes {target.name}, which is no single tensor ({_where(node)})")
+                raise CaptureRefused(
+                    f"{node.target} writes {target.name}, which is no single tensor ({_where(node)})"
+                )
         functional = _functional(node.target)
         if node.target is aten.copy_.default:
             self.assign(targets[0], self.copied(node, targets[0]), node)
@@ -150,7 +169,9 @@ class _Functionalizer:
         return self.emit(aten.to.dtype, (value, wanted), g.val(target), node)
 
     def on_copies(self, node: fx.Node, targets: tuple[fx.Node, ...]) -> None:
-        """Run a writing operator on copies that nobody else sees: op_(x, y) -> private = clone(x); op_(private, y)."""
+        """Run a writing operator on copies that nobody else sees: op_(x, y) -> private = clone(x);
+        op_(private, y).
+        """
         if len({storage(g.val(t)) for t in targets}) != len(targets):
             raise CaptureRefused(f"{node.target} writes two arguments that share memory ({_where(node)})")
         private: dict[fx.Node, fx.Node] = {}
@@ -189,9 +210,13 @@ class _Functionalizer:
         memory = self.memory(node)
         assert memory is not None
         if memory.shared:
-            raise CaptureRefused(f"two inputs share the memory that {writer.target} writes ({_where(writer)})")
+            raise CaptureRefused(
+                f"two inputs share the memory that {writer.target} writes ({_where(writer)})"
+            )
         if memory.base.op == "get_attr":
-            raise CaptureRefused(f"{writer.target} writes a constant; make it an argument or a buffer ({_where(writer)})")
+            raise CaptureRefused(
+                f"{writer.target} writes a constant; make it an argument or a buffer ({_where(writer)})"
+            )
         if node is memory.base:
             memory.newest = value
             memory.version += 1
@@ -205,7 +230,12 @@ class _Functionalizer:
         self.env[node] = (value, memory.version)
 
     def emit(
-        self, target: object, args: object, value: object, like: fx.Node, kwargs: Mapping[str, object] | None = None
+        self,
+        target: object,
+        args: object,
+        value: object,
+        like: fx.Node,
+        kwargs: Mapping[str, object] | None = None,
     ) -> fx.Node:
         """A call of the new graph."""
         new = self.out.create_node("call_function", target, args, dict(kwargs or {}))  # type: ignore[arg-type]  # nodes and values
@@ -218,8 +248,8 @@ class _Functionalizer:
     def finish(self, output: fx.Node) -> None:
         """Write-backs, then the outputs.
 
-        An output that aliases something written is regenerated as a view of it: of the written-back input, or of
-        the newest value of an intermediate, so that outputs share memory as they did.
+        An output that aliases something written is regenerated as a view of it: of the written-back input, or
+        of the newest value of an intermediate, so that outputs share memory as they did.
         """
         changed = [m for m in self.memories.values() if m.version]
         written = [m for m in changed if m.base.op == "placeholder" and m.newest is not self.entry[m.base]]
@@ -244,8 +274,10 @@ class _Functionalizer:
         """y = empty(…); y.copy_(x); return y: what was memory of its own in the original stays so."""
         owners = {self.entry[m.base]: m for m in self.memories.values() if m.base.op == "placeholder"}
         for memory in self.memories.values():
-            if not memory.version:
-                owners.setdefault(root(memory.newest), memory)
+            if (
+                not memory.version and root(memory.newest) is memory.newest
+            ):  # a reshape that copied is no view
+                owners.setdefault(memory.newest, memory)
         for memory in returned:
             if memory.version and owners.setdefault(root(memory.newest), memory) is not memory:
                 memory.newest = self.copy(memory.newest, memory.base)
@@ -257,7 +289,7 @@ class _Functionalizer:
         return new
 
     def protected(self, value: fx.Node, entries: set[fx.Node]) -> fx.Node:
-        """A copy of a value that may be (a view of) an input about to be written; any other value as it is."""
+        """A copy of a value that may be (a view of) an input about to be written; any other as it is."""
         return self.copy(value, value) if root(value) in entries else value
 
 
@@ -266,7 +298,9 @@ def _where(node: fx.Node) -> str:
 
 
 def _written_origin(node: fx.Node) -> fx.Node | None:
-    """The argument that an in-place call returns, for the call and for `getitem` of it; None for any other node."""
+    """The argument that an in-place call returns, for the call and for `getitem` of it; None for any other
+    node.
+    """
     maker = node.args[0] if node.target is operator.getitem else node
     if not isinstance(maker, fx.Node) or not writes(maker):
         return None

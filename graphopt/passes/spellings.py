@@ -1,139 +1,43 @@
 """The table of spellings: how each way to write a thing becomes the one way that rules know.
 
-Each entry of SPELLINGS takes the speller, the old node and its arguments (already canonical, by schema, defaults filled
-in) and returns the canonical node. Everything here is exact: a spelling that changes a single bit does not belong here.
+Each entry of SPELLINGS takes the speller, the old node and its arguments (already canonical, by schema,
+defaults filled in) and returns the canonical node. Everything here is exact: a spelling that changes a single
+bit does not belong here.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
 from graphopt import graph as g
 from graphopt import torch_private
+from graphopt.passes.view_spellings import (
+    Result,
+    Spelling,
+    cast,
+    expand,
+    getitem,
+    identity,
+    narrow,
+    permute,
+    pieces,
+    reshape,
+    select,
+    slice_,
+    softmax,
+    unbind,
+)
 from graphopt.passes.views import EXPANDS, PERMUTATIONS, RESHAPES, overloads
 
 if TYPE_CHECKING:
-    from graphopt.passes.canonicalize import Speller
+    from graphopt.passes.speller import Speller
 
 aten = torch.ops.aten
-Result: TypeAlias = "fx.Node | int | float | bool | None | Pieces"
-Spelling: TypeAlias = "Callable[[Speller, fx.Node, tuple, dict[str, object]], Result]"
-
-
-class Pieces(tuple[fx.Node, ...]):
-    """The results of a split: a tuple of canonical slices, picked by `getitem`."""
-
-
-# ------------------------------------------------------------------------------------------------- views
-
-
-def identity(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """clone(x), contiguous(x), detach(x), dropout(x) in eval -> x"""
-    return args[0]
-
-
-def reshape(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """view, unsqueeze, squeeze, flatten … -> reshape(x, [sizes]); a reshape of a reshape reads the first tensor."""
-    return s.reshape(args[0], g.val(node), node)
-
-
-def permute(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """transpose, t, mT, movedim … -> permute(x, [dims]); permutations compose, the identity goes."""
-    rank = g.rank(args[0])
-    dims = PERMUTATIONS[node.target](rank, args)  # type: ignore[index]  # the row's own overloads
-    return s.permute(args[0], [d % max(rank, 1) for d in dims], g.val(node), node)
-
-
-def expand(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """expand(x, [2, -1]), expand_as, broadcast_to -> expand(x, [all sizes]); to the same sizes it goes."""
-    value = g.val(node)
-    assert isinstance(value, torch.Tensor)
-    if g.same_shape(g.shape(args[0]), tuple(value.shape)):
-        return args[0]
-    return s.emit(aten.expand.default, (args[0], s.sizes(value.shape)), {"implicit": False}, value, node)
-
-
-def slice_(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """slice(x, dim, None, maxint) -> slice(x, dim - rank, 0, size, 1); a slice of everything goes."""
-    x, dim, start, end, step = args
-    return s.slice(x, dim % g.rank(x), start, end, step, g.val(node), node)
-
-
-def narrow(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """narrow(x, dim, start, length) -> slice"""
-    x, dim, start, length = args
-    if not isinstance(start, int) or not isinstance(length, int):
-        return s.generic(node, args, kwargs)
-    return s.slice(x, dim % g.rank(x), start, start + length, 1, g.val(node), node)
-
-
-def select(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """select(x, dim, -1) -> select(x, dim - rank, size - 1)"""
-    x, dim, index = args
-    size = g.shape(x)[dim]
-    if isinstance(index, int) and index < 0 and isinstance(size, int):
-        index += size
-    return s.emit(aten.select.int, (x, dim % g.rank(x) - g.rank(x), index), {}, g.val(node), node)
-
-
-def pieces(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """split, chunk, tensor_split … -> a slice for each piece"""
-    x, values = args[0], g.val(node)
-    assert isinstance(values, (list, tuple))
-    dim = g.arg(node, "dim")
-    assert isinstance(dim, int)
-    dim %= g.rank(x)
-    found, start = [], 0
-    for i, value in enumerate(values):
-        size = value.shape[dim]
-        if not isinstance(size, int) or not isinstance(start, int):
-            return s.generic(node, args, kwargs)
-        last = i == len(values) - 1
-        end = g.shape(x)[dim] if last else start + size
-        found.append(s.slice(x, dim, start, end, 1, value, node))
-        start += size
-    return Pieces(found)
-
-
-def unbind(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """unbind(x, dim) -> select(x, dim, i) for each i"""
-    values = g.val(node)
-    assert isinstance(values, (list, tuple))
-    dim = args[1] % g.rank(args[0]) - g.rank(args[0])
-    return Pieces(s.emit(aten.select.int, (args[0], dim, i), {}, v, node) for i, v in enumerate(values))
-
-
-def getitem(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """getitem(split(x), i) -> that slice"""
-    if isinstance(args[0], Pieces):
-        return args[0][args[1]]
-    return s.generic(node, args, kwargs)
-
-
-# ------------------------------------------------------------------------------------------------- casts
-
-
-def cast(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """to.*, type_as, float(), _to_copy -> to.dtype(x, dtype); a cast to the same dtype goes; a move stays a move."""
-    x, value = args[0], g.val(node)
-    assert isinstance(value, torch.Tensor)
-    if value.device != g.device(x):
-        return s.emit(aten.to.device, (x, value.device, value.dtype, False, False, None), {}, value, node)
-    return s.cast(x, value.dtype, node)
-
-
-def softmax(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """softmax(x, dim, dtype) -> softmax(to(x, dtype), dim - rank)"""
-    x, value = args[0], g.val(node)
-    assert isinstance(value, torch.Tensor)
-    x = s.cast(x, value.dtype, node)
-    return s.emit(aten.softmax.int, (x, args[1] % max(g.rank(x), 1) - max(g.rank(x), 1), None), {}, value, node)
 
 
 # -------------------------------------------------------------------------------------------- arithmetic
@@ -144,7 +48,7 @@ def _known(x: object) -> bool:
 
 
 def _times(y: object, alpha: object, value: object) -> tuple[object, bool]:
-    """alpha * y and whether it is exact: eager multiplies and adds with one rounding, which two calls do not."""
+    """alpha * y, if that is exact: eager multiplies and adds with one rounding, two calls do not."""
     if alpha == 1:
         return y, True
     if not _known(alpha) or not _known(y) or not isinstance(value, torch.Tensor) or value.is_floating_point():
@@ -158,7 +62,7 @@ def _unchanged(x: object, value: object) -> bool:
 
 def _zero(y: object) -> bool:
     """Whether a literal is 0 or +0.0: x - 0.0 is x, bit for bit; x - -0.0 is not."""
-    return _known(y) and y == 0 and math.copysign(1, y) > 0  # type: ignore[arg-type]  # a number
+    return _known(y) and y == 0 and math.copysign(1, y) > 0
 
 
 def add(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
@@ -194,7 +98,13 @@ def rsub(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> R
     if isinstance(y, fx.Node) and g.is_tensor(y):
         return s.emit(aten.sub.Tensor, (y, x), {"alpha": 1}, g.val(node), node)
     if g.tensor(x) is not None and g.dtype(x) == g.dtype(node):
-        return s.emit(aten.add.Tensor, (s.emit(aten.neg.default, (x,), {}, g.val(x), node), y), {"alpha": 1}, g.val(node), node)
+        return s.emit(
+            aten.add.Tensor,
+            (s.emit(aten.neg.default, (x,), {}, g.val(x), node), y),
+            {"alpha": 1},
+            g.val(node),
+            node,
+        )
     return s.generic(node, args, kwargs)
 
 
@@ -209,7 +119,9 @@ def mul(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Re
 
 
 def div(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """div.Scalar, true_divide -> div.Tensor; by 1 goes. A division stays one: x / 3 is not x * (1 / 3) in floats."""
+    """div.Scalar, true_divide -> div.Tensor; by 1 goes. A division stays one: x / 3 is not x * (1 / 3) in
+    floats.
+    """
     x, y = args[:2]
     if _known(y) and y == 1 and g.is_tensor(x) and g.dtype(x) == g.dtype(node):
         return x
@@ -233,7 +145,9 @@ def power(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> 
     return s.emit(aten.pow.Tensor_Scalar, (x, exponent), {}, g.val(node), node)
 
 
-def compare(scalar: torch._ops.OpOverload, tensor: torch._ops.OpOverload, swap: bool = False) -> Spelling:
+def compare(
+    scalar: torch_private.OpOverload, tensor: torch_private.OpOverload, swap: bool = False
+) -> Spelling:
     """ge(x, y) -> le(y, x); with a number the .Scalar overload"""
 
     def spell(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
@@ -247,7 +161,7 @@ def compare(scalar: torch._ops.OpOverload, tensor: torch._ops.OpOverload, swap: 
     return spell
 
 
-def logical(target: torch._ops.OpOverload) -> Spelling:
+def logical(target: torch_private.OpOverload) -> Spelling:
     """`&`, bitwise_and, logical_and on booleans -> logical_and; on integers it stays bitwise"""
 
     def spell(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
@@ -281,7 +195,7 @@ def addmm(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> 
 
 
 def cat(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """cat([x, empty], dim) -> x: an empty cache of shape [0] is what a first DynamicCache call concatenates"""
+    """cat([x, empty], dim) -> x: an empty cache of shape [0] is what a first call concatenates"""
     tensors, dim = args
     kept = [t for t in tensors if not (g.rank(t) == 1 and g.shape(t)[0] == 0)] or list(tensors[:1])
     if functools.reduce(torch.promote_types, map(g.dtype, kept)) != g.dtype(node):
@@ -302,7 +216,9 @@ def attention(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object])
     """scaled_dot_product_attention without a scale -> with 1 / sqrt(head_dim)"""
     size = g.shape(args[0])[-1]
     if g.rank(args[1]) > 1:
-        torch_private.learn_equal(g.shape(args[1])[-2], g.shape(args[2])[-2])  # the fake of SDPA does not check it
+        torch_private.learn_equal(
+            g.shape(args[1])[-2], g.shape(args[2])[-2]
+        )  # the fake of SDPA does not check it
     if kwargs.get("scale") is None and isinstance(size, int) and size:
         kwargs = {**kwargs, "scale": 1.0 / math.sqrt(size)}
     return s.emit(aten.scaled_dot_product_attention.default, args, kwargs, g.val(node), node)
@@ -334,7 +250,17 @@ def _table() -> dict[object, Spelling]:
     def row(spelling: Spelling, *names: str) -> None:
         table.update(dict.fromkeys(overloads(*names), spelling))
 
-    row(identity, "clone", "contiguous", "detach", "detach_", "alias", "lift_fresh", "lift_fresh_copy", "positive")
+    row(
+        identity,
+        "clone",
+        "contiguous",
+        "detach",
+        "detach_",
+        "alias",
+        "lift_fresh",
+        "lift_fresh_copy",
+        "positive",
+    )
     row(dropped, "_assert_tensor_metadata")
     row(dropout, "dropout", "feature_dropout", "alpha_dropout")
     table.update(dict.fromkeys(RESHAPES, reshape))
@@ -354,10 +280,24 @@ def _table() -> dict[object, Spelling]:
     row(mul, "mul.Tensor", "mul.Scalar", "multiply.Tensor")
     row(div, "div.Tensor", "div.Scalar", "true_divide.Tensor", "divide.Tensor")
     row(power, "pow.Tensor_Scalar", "square")
-    for name, opposite in (("le", None), ("lt", None), ("eq", None), ("ne", None), ("ge", "le"), ("gt", "lt")):
+    for name, opposite in (
+        ("le", None),
+        ("lt", None),
+        ("eq", None),
+        ("ne", None),
+        ("ge", "le"),
+        ("gt", "lt"),
+    ):
         scalar = getattr(aten, name).Scalar
         tensor = getattr(aten, opposite or name).Tensor
-        long = {"le": "less_equal", "lt": "less", "eq": "eq", "ne": "not_equal", "ge": "greater_equal", "gt": "greater"}[name]
+        long = {
+            "le": "less_equal",
+            "lt": "less",
+            "eq": "eq",
+            "ne": "not_equal",
+            "ge": "greater_equal",
+            "gt": "greater",
+        }[name]
         spelled = compare(scalar, tensor, swap=opposite is not None)
         row(spelled, f"{name}.Tensor", f"{name}.Scalar", f"{long}.Tensor", f"{long}.Scalar")
     row(logical(aten.logical_and.default), "__and__.Tensor", "bitwise_and.Tensor", "logical_and")

@@ -5,6 +5,7 @@ v = select(x, 0, i); v.add_(1)   ->   x1 = select_scatter(x, add(v, 1), 0, i)
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -78,7 +79,9 @@ SCATTERS: dict[OpOverload, OpOverload] = {
     aten.select.int: aten.select_scatter.default,
     aten.diagonal.default: aten.diagonal_scatter.default,
 }
-SPLITS = overloads("split.Tensor", "split.sizes", "split_with_sizes", "chunk", "tensor_split.sections", "unbind.int")
+SPLITS = overloads(
+    "split.Tensor", "split.sizes", "split_with_sizes", "chunk", "tensor_split.sections", "unbind.int"
+)
 
 
 def permutation(node: fx.Node) -> list[int] | None:
@@ -102,10 +105,14 @@ def parent(node: fx.Node) -> fx.Node:
         pieces = value if isinstance(value, (list, tuple)) else (value,)
         if key in {storage(v) for v in pieces}:
             return argument
-    raise CaptureRefused(f"{node.target} aliases a tensor that it does not read ({g.source(node) or node.name})")
+    raise CaptureRefused(
+        f"{node.target} aliases a tensor that it does not read ({g.source(node) or node.name})"
+    )
 
 
-def scatter(emit: Emit, view: fx.Node, whole: fx.Node, value: fx.Node, read: Callable[[fx.Node], fx.Node]) -> fx.Node:
+def scatter(
+    emit: Emit, view: fx.Node, whole: fx.Node, value: fx.Node, read: Callable[[fx.Node], fx.Node]
+) -> fx.Node:
     """view(whole) = value  ->  the whole's new value, with pure calls.
 
     Args:
@@ -127,12 +134,9 @@ def scatter(emit: Emit, view: fx.Node, whole: fx.Node, value: fx.Node, read: Cal
     if view.target in SCATTERS:
         args = fx.node.map_arg(view.args[1:], read)
         return emit(SCATTERS[view.target], (whole, value, *args), like, view)
-    if view.target is aten.narrow.default and isinstance(view.args[2], int) and isinstance(view.args[3], int):
-        dim, start, length = view.args[1:]
-        size = g.shape(base)[dim]  # type: ignore[index]  # an int
-        if start >= 0 or isinstance(size, int):
-            start = start if start >= 0 else start + size
-            return emit(aten.slice_scatter.default, (whole, value, dim, start, start + length), like, view)
+    if view.target is aten.narrow.default and all(isinstance(n, int) and n >= 0 for n in view.args[2:4]):
+        dim, start, length = view.args[1:4]
+        return emit(aten.slice_scatter.default, (whole, value, dim, start, start + length), like, view)  # type: ignore[operator]  # ints
     if view.target in RESHAPES:
         sizes = [
             s if isinstance(s, int) else emit(aten.sym_size.int, (whole, i), s, view)
@@ -151,7 +155,9 @@ def scatter(emit: Emit, view: fx.Node, whole: fx.Node, value: fx.Node, read: Cal
         if isinstance(start, int):
             end = start + g.shape(view)[dim]
             if isinstance(end, int):
-                return emit(aten.slice_scatter.default, (whole, value, dim, start, end), like_of_split(base), view)
+                return emit(
+                    aten.slice_scatter.default, (whole, value, dim, start, end), like_of_split(base), view
+                )
     return _written_copy(emit, view, whole, value, read)
 
 
@@ -183,10 +189,14 @@ def _written_copy(
     inner, old = private, base
     for step in reversed(chain):
         swap = {old: inner}
-        args, kwargs = fx.node.map_arg((step.args, step.kwargs), lambda n, swap=swap: swap.get(n) or read(n))
+        args, kwargs = fx.node.map_arg((step.args, step.kwargs), functools.partial(_swapped_or, swap, read))
         inner, old = emit(step.target, args, g.val(step), step, kwargs), step
     emit(aten.copy_.default, (inner, value, False), g.val(view), view)
     return private
+
+
+def _swapped_or(swap: dict[fx.Node, fx.Node], read: Callable[[fx.Node], fx.Node], node: fx.Node) -> fx.Node:
+    return swap.get(node) or read(node)
 
 
 def _where(node: fx.Node) -> str:

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import fx
 
 import graphopt.defaults as defaults
-from graphopt.capture import capture
-from graphopt.errors import OptionError
+from graphopt.capture import Captured, capture, from_dynamo
+from graphopt.errors import CaptureRefused, OptionError
 from graphopt.observe import Observer, PassStarted, emit
 from graphopt.pipeline import Pipeline, passes_named
 from graphopt.report import RECOGNISED, Report
@@ -51,7 +52,7 @@ def road(
     """
     if until not in stages():
         raise OptionError(f"no stage {until!r} in the default pipeline; it has {', '.join(stages())}")
-    captured = capture(model, *args, **kwargs)
+    captured = _captured(model, args, kwargs)
     listening = (*from_environment(), *observers)
     if until == CAPTURED:
         emit(listening, PassStarted(stages()[1], 0, captured.gm))
@@ -60,6 +61,39 @@ def road(
     context = dataclasses.replace(defaults.context(), observers=listening)
     _, report = Pipeline(passes).run(captured, context)
     return report
+
+
+def _captured(
+    model: torch.nn.Module | torch.export.ExportedProgram | Callable[..., object],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+) -> Captured:
+    """The captured program; what torch.export cannot take (a StaticCache argument, say) comes through Dynamo instead.
+
+    Nothing runs: Dynamo is stopped as soon as it has handed over the graph.
+    """
+    try:
+        return capture(model, *args, **kwargs)
+    except CaptureRefused:
+        if not isinstance(model, torch.nn.Module):
+            raise
+        found: list[Captured] = []
+
+        def hand_over(gm: fx.GraphModule, examples: list[torch.Tensor]) -> Callable[..., object]:
+            found.append(from_dynamo(gm, examples))
+            raise _Stop
+
+        try:
+            with torch.no_grad():
+                torch.compile(model, backend=hand_over, fullgraph=True)(*args, **kwargs)
+        except Exception:
+            if not found:
+                raise
+        return found[0]
+
+
+class _Stop(Exception):
+    """Ends a compilation whose graph has been seen."""
 
 
 def stages() -> tuple[str, ...]:

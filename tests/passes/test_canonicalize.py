@@ -1,5 +1,6 @@
 """One spelling: what must become equal, what must stay different, and that not one bit changes."""
 
+# ruff: noqa: E501  # the tables: one line for each spelling or two
 from collections.abc import Callable
 
 import pytest
@@ -9,9 +10,9 @@ from torch import fx, nn
 from graphopt import graph as g
 from graphopt import torch_private
 from graphopt.capture import Captured, capture
-from graphopt.passes.canonicalize import canonicalize, dim_order
+from graphopt.passes.canonicalize import Canonicalize, canonicalize
+from graphopt.passes.layout import dim_order
 from graphopt.pipeline import Context, Pipeline
-from graphopt.passes.canonicalize import Canonicalize
 from tests.eager import compare
 from tests.graphs import calls, targets
 
@@ -132,13 +133,16 @@ def test_spellings_become_one(row: tuple) -> None:
         for i, spelling in enumerate(spellings):
             captured = canonical(spelling, *inputs)
             found = g.fingerprint(captured.gm.graph)
-            assert found == want, f"spelling {i}, {dtype}:\n{captured.gm.graph}\nbut the first:\n{canonical(spellings[0], *inputs).gm.graph}"
+            assert found == want, (
+                f"spelling {i}, {dtype}:\n{captured.gm.graph}\nbut the first:\n{canonical(spellings[0], *inputs).gm.graph}"
+            )
             canonicalize(captured.gm)
             assert g.fingerprint(captured.gm.graph) == found, f"spelling {i} is not a fixed point"
             compare(spelling, captured, inputs, layout=False)
 
 
-# ------------------------------------------------------------------------------------- what must stay different
+# ------------------------------------------------------------------------------------- what must stay
+# different
 
 DIFFERENT: list[tuple[str, tuple[tuple[int, ...], ...], Program, Program]] = [
     ("division and multiplication", X, lambda x: x / 3.0, lambda x: x * (1 / 3.0)),
@@ -178,6 +182,7 @@ def test_what_differs_stays_different(row: tuple) -> None:
         (lambda x: torch.arange(4) + torch.arange(4) + x, aten.arange.default, 1),
         (lambda x: x.exp() + x.exp(), aten.exp.default, 1),
         (lambda x: (x * 2).exp() + (x * 2.0).exp(), aten.exp.default, 2),  # 2 and 2.0 are two literals
+        (lambda x: (x * 0.0).exp() + (x * -0.0).exp(), aten.exp.default, 2),  # and so are zeros of two signs
         (lambda x: torch.rand_like(x) * 0 + x, aten.rand_like.default, 1),  # moves the generator on
         (lambda x: (torch.rand(4), x)[1] + 1, aten.rand.default, 1),
         (lambda x: (x.exp(), x)[1] + 1, aten.exp.default, 0),
@@ -199,9 +204,21 @@ def test_an_empty_tensor_in_a_cat_counts_where_it_decides_the_dtype() -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool], ids=str)
 def test_integers_and_booleans(dtype: torch.dtype) -> None:
     x = data((3, 4), dtype)
-    programs: list[Program] = [lambda a: a * a, lambda a: a / 2, lambda a: a * 1.0, lambda a: a + 1, lambda a: a**2, lambda a: a / 1]
+    programs: list[Program] = [
+        lambda a: a * a,
+        lambda a: a / 2,
+        lambda a: a * 1.0,
+        lambda a: a + 1,
+        lambda a: a**2,
+        lambda a: a / 1,
+    ]
     if dtype != torch.bool:
-        programs += [lambda a: a - 3, lambda a: 3 - a, lambda a: torch.add(a, a, alpha=3), lambda a: torch.sub(a, a, alpha=2)]
+        programs += [
+            lambda a: a - 3,
+            lambda a: 3 - a,
+            lambda a: torch.add(a, a, alpha=3),
+            lambda a: torch.sub(a, a, alpha=2),
+        ]
     for program in programs:
         compare(program, canonical(program, x), (x,), layout=False)
 
@@ -258,7 +275,8 @@ def test_a_size_is_literal_where_it_is_known() -> None:
     assert n is None or n.args[1][1] == 8
 
 
-# ---------------------------------------------------------------------------------------------- the whole form
+# ---------------------------------------------------------------------------------------------- the whole
+# form
 
 
 def test_arguments_are_filled_in_by_schema() -> None:
@@ -307,7 +325,9 @@ def test_every_node_has_a_value_and_a_name() -> None:
     nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
     assert [g.val(n) is not None for n in nodes] == [True] * len(nodes)
     for node in nodes:
-        value = node.target(*fx.node.map_arg(node.args, g.val), **node.kwargs)  # the recorded value is the real one
+        value = node.target(
+            *fx.node.map_arg(node.args, g.val), **node.kwargs
+        )  # the recorded value is the real one
         assert value.shape == g.val(node).shape and value.dtype == g.val(node).dtype
 
 

@@ -35,7 +35,8 @@ def writing(gm: fx.GraphModule) -> list[fx.Node]:
     return [n for n in gm.graph.nodes if writes(n)]
 
 
-# --------------------------------------------------------------------------------------------- the shape of it
+# --------------------------------------------------------------------------------------------- the shape of
+# it
 
 
 def test_a_pure_graph_is_left_alone() -> None:
@@ -174,7 +175,7 @@ def test_what_is_written() -> None:
         return x.detach_()
 
     gm = capture(program, x34(), x34(), x34()).gm
-    x, y, z = g.placeholders(gm.graph)
+    _, y, z = g.placeholders(gm.graph)
     written = [written_arguments(n) for n in gm.graph.nodes if writes(n)]
     assert written == [(y,), (z,)] and written_inputs(gm.graph) == {y, z}
 
@@ -182,7 +183,9 @@ def test_what_is_written() -> None:
 # ------------------------------------------------------------------------------------------ random programs
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
 @given(programs(size=12))
 def test_random_programs_are_eagers(program: Program) -> None:
     """Values bit for bit, mutated inputs, and who shares memory with whom."""
