@@ -1,4 +1,4 @@
-"""The flattening around GPT-2's Conv1D (whose addmm is respelled as a linear on a transposed weight)."""
+"""Linear layers spelled as products, and the flattening around GPT-2's Conv1D (its addmm is respelled as a linear)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,18 @@ def flattened_linear(x: Tensor, weight: Tensor, batch: int, length: int) -> Tens
     return ops.linear(x, weight, None).reshape(batch, length, weight.shape[0])
 
 
+def falcon_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T"""
+    return x @ weight.t()
+
+
 RULES = (
+    rule(
+        falcon_linear,
+        lambda x, weight: ops.linear(x, weight, None),
+        x=T("... k"),
+        weight=T("n k"),
+    ),
     rule(
         flattened_linear,
         lambda x, weight, batch, length: ops.linear(x.reshape(batch, length, x.shape[1]), weight, None),

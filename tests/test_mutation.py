@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 from torch import nn
 
-from tests.eager import as_eager, falls_back
+from graphopt.capture import capture
+from graphopt.defaults import pipeline
+from graphopt.errors import CaptureRefused
+from tests.eager import as_eager, compare, falls_back
+from tests.programs import Program, programs
 
 
 def x34() -> torch.Tensor:
@@ -425,6 +430,54 @@ MUTATIONS = [
 @pytest.mark.parametrize("case", MUTATIONS, ids=lambda case: case[0].__name__)
 def test_mutation(case: tuple) -> None:
     as_eager(*case)
+
+
+SYMBOLIC = [
+    *(
+        written_between_reads,
+        swapped_and_returned,
+        rows_assigned,
+        strided_rows_assigned,
+        view_of_view_written,
+    ),
+    *(
+        base_read_after_view_written,
+        split_pieces_written,
+        chunks_written,
+        transpose_written,
+        matrix_transpose_written,
+    ),
+    *(
+        narrow_written,
+        reshaped_written,
+        diagonal_written,
+        index_copied,
+        masked_filled_view,
+        copied_with_broadcast_and_cast,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in MUTATIONS if c[0] in SYMBOLIC], ids=lambda case: case[0].__name__
+)
+def test_mutation_under_symbolic_sizes(case: tuple) -> None:
+    as_eager(*case, dynamic=True)
+
+
+@settings(
+    max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+@given(programs(size=10))
+def test_random_programs_lowered(program: Program) -> None:
+    """Through the whole pipeline: strides, too, are eager's."""
+    try:
+        compiled, _ = pipeline().run(capture(program, *program.arguments()))
+    except CaptureRefused as refused:
+        assert "expand" in refused.reason, refused.reason
+        return
+    with torch.no_grad():
+        compare(program, compiled, tuple(program.arguments()))
 
 
 # ------------------------------------------------------------------------------------------------ refused

@@ -24,6 +24,7 @@ def _made(*shapes: tuple[int, ...]) -> Maker:
 
 HEADS = _made((2, 4, 3, 8), (2, 4, 5, 8), (2, 4, 5, 6))
 GROUPS = _made((2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 6))
+ONE_KV = _made((2, 4, 3, 8), (2, 1, 5, 8), (2, 1, 5, 6))  # broadcast, with and without enable_gqa
 KEPT = torch.tensor([[True, False, True, True, False]]).expand(3, 5)
 F = torch.nn.functional
 TRANSLATED: tuple[tuple[str, Callable[..., Tensor], Maker], ...] = (
@@ -36,6 +37,7 @@ TRANSLATED: tuple[tuple[str, Callable[..., Tensor], Maker], ...] = (
         HEADS,
     ),
     ("torch_sdpa", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), GROUPS),
+    ("torch_sdpa", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), ONE_KV),
     ("torch_linear", lambda x, w: F.linear(x, w), _made((2, 3, 8), (5, 8))),
     ("torch_linear", lambda x, w, b: F.linear(x, w, b), _made((8,), (5, 8), (5,))),
     ("torch_layer_norm", lambda x, w, b: F.layer_norm(x, (8,), w, b, 1e-3), _made((2, 3, 8), (8,), (8,))),
@@ -81,7 +83,6 @@ REFUSED: tuple[tuple[str, Callable[..., Tensor], Maker, str], ...] = (
         _made((4, 3, 8), (4, 5, 8), (4, 5, 6)),
         "q, k and v have [3, 3, 3] dimensions, not 4",
     ),
-    ("torch_sdpa", _sdpa(), _made((2, 4, 3, 8), (2, 1, 5, 8), (2, 1, 5, 6)), "4 query heads and 1 kv heads"),
     ("torch_sdpa", _sdpa(), _made((2, 4, 3, 8), (2, 4, 5, 8), (2, 1, 5, 6)), "k has 4 heads and v 1"),
     ("torch_sdpa", _sdpa(), _made((2, 4, 3, 8), (1, 4, 5, 8), (2, 4, 5, 6)), "batch sizes 2, 1 and 2"),
     ("torch_sdpa", _sdpa(), _made((2, 4, 3, 8), (2, 4, 5, 8), (1, 4, 5, 6)), "batch sizes 2, 2 and 1"),

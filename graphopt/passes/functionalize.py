@@ -80,6 +80,9 @@ class _Functionalizer:
         default_factory=dict
     )  # old node -> its value at a version
     memories: dict[int, _Memory] = field(default_factory=dict)
+    fakes: dict[object, torch.Tensor] = field(
+        default_factory=dict
+    )  # a pure op's result for kinds of arguments
 
     def run(self) -> fx.GraphModule:
         for node in self.source.graph.nodes:
@@ -162,11 +165,16 @@ class _Functionalizer:
     def pure(self, functional: OpOverload, node: fx.Node, target: fx.Node) -> fx.Node:
         """add_(x, y) -> add(x, y), cast back to x's dtype where the pure op promotes."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.read)
-        result, wanted = self.fake(functional, node), g.dtype(target)
-        if result.dtype == wanted:  # its abstract value is the target's: in eager, they are one memory
+        key = (functional, *(_kind(a) for a in g.flat_arguments(node)))
+        if key not in self.fakes:
+            self.fakes[key] = self.fake(functional, node)
+        if self.fakes[key].dtype == g.dtype(
+            target
+        ):  # its abstract value is the target's: in eager, one memory
             return self.emit(functional, args, g.val(target), node, kwargs)
+        result = self.fake(functional, node)
         value = self.emit(functional, args, result, node, kwargs)
-        return self.emit(aten.to.dtype, (value, wanted), g.val(target), node)
+        return self.emit(aten.to.dtype, (value, g.dtype(target)), g.val(target), node)
 
     def on_copies(self, node: fx.Node, targets: tuple[fx.Node, ...]) -> None:
         """Run a writing operator on copies that nobody else sees: op_(x, y) -> private = clone(x);
@@ -291,6 +299,13 @@ class _Functionalizer:
     def protected(self, value: fx.Node, entries: set[fx.Node]) -> fx.Node:
         """A copy of a value that may be (a view of) an input about to be written; any other as it is."""
         return self.copy(value, value) if root(value) in entries else value
+
+
+def _kind(argument: object) -> object:
+    """What part an argument has in type promotion: dtype and 0-dimensional or not, or its Python type."""
+    if isinstance(argument, fx.Node) and g.is_tensor(argument):
+        return g.dtype(argument), g.rank(argument) == 0
+    return type(argument)
 
 
 def _where(node: fx.Node) -> str:

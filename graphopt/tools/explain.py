@@ -74,7 +74,7 @@ def _captured(
     """
     try:
         return capture(model, *args, **kwargs)
-    except CaptureRefused:
+    except CaptureRefused as refused:
         if not isinstance(model, torch.nn.Module):
             raise
         found: list[Captured] = []
@@ -86,9 +86,9 @@ def _captured(
         try:
             with torch.no_grad():
                 torch.compile(model, backend=hand_over, fullgraph=True)(*args, **kwargs)
-        except Exception:
+        except Exception:  # Dynamo's own, or ours through Dynamo
             if not found:
-                raise
+                raise refused from None
         return found[0]
 
 
