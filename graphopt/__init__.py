@@ -15,8 +15,8 @@ from graphopt.capture import capture  # noqa: E402
 
 if TYPE_CHECKING:
     from graphopt.api import disable, enable, optimize, refresh
-    from graphopt.passes.canonicalize import Canonicalize
     from graphopt.lowering.module import Lower
+    from graphopt.passes.canonicalize import Canonicalize
     from graphopt.passes.merge import Merge
     from graphopt.passes.recognise import Recognise
     from graphopt.pipeline import Pipeline

@@ -140,7 +140,7 @@ def same_shape(a: Sequence[Size], b: Sequence[Size]) -> bool:
 
 
 def number(argument: object) -> object:
-    """What a scalar argument is worth: the literal itself, or the (symbolic) value of the node that holds it."""
+    """What a scalar argument is worth: the literal, or the (symbolic) value of the node that holds it."""
     if isinstance(argument, fx.Node):
         return expression(argument.meta.get("val"))
     return expression(argument)
@@ -150,7 +150,7 @@ def number(argument: object) -> object:
 
 
 def is_call(node: object, *targets: object) -> bool:
-    """Whether the node calls one of the targets (OpOverloads or functions); with none, whether it is a call."""
+    """Whether the node calls one of the targets (OpOverloads or functions); with none, whether it is one."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
     return not targets or node.target in targets
@@ -181,10 +181,10 @@ def arg(node: fx.Node, name: str) -> Argument:
     """
     if name in node.kwargs:
         return node.kwargs[name]
-    for i, argument in enumerate(schema_arguments(node.target)):  # type: ignore[arg-type]  # a call's target is callable
+    for i, argument in enumerate(schema_arguments(node.target)):
         if argument.name == name:
             return node.args[i] if i < len(node.args) else argument.default_value
-    raise KeyError(f"{node.target} has no argument {name!r}; it has {argument_names(node.target)}")  # type: ignore[arg-type]
+    raise KeyError(f"{node.target} has no argument {name!r}; it has {argument_names(node.target)}")
 
 
 def is_mutable(target: object) -> bool:
@@ -200,15 +200,18 @@ def is_random(target: object) -> bool:
 
 @functools.cache
 def is_factory(target: object) -> bool:
-    """Whether an operator makes a new tensor from no tensor, or from a tensor's shape alone (`zeros`, `new_ones`).
+    """Whether an operator makes a new tensor from none, or from a tensor's shape alone (`zeros`, `new_ones`).
 
-    Two equal factories are two buffers: merging a prefill graph's zeros for K and V makes them one (silently wrong).
+    Two equal factories are two buffers: merging a prefill graph's zeros for K and V makes them one, silently
+    wrong.
     """
     if not isinstance(target, torch._ops.OpOverload):
         return False
     name = target._schema.name
-    return name.startswith(("aten::new_", "aten::empty")) or name.endswith("_like") or not any(
-        "Tensor" in str(a.type) for a in target._schema.arguments
+    return (
+        name.startswith(("aten::new_", "aten::empty"))
+        or name.endswith("_like")
+        or not any("Tensor" in str(a.type) for a in target._schema.arguments)
     )
 
 
@@ -247,7 +250,7 @@ def flat_arguments(node: fx.Node) -> Iterator[object]:
 
 
 def weight_names(node: object) -> tuple[str, ...]:
-    """All names (tied weights have several) of the weight that a placeholder stands for; empty for anything else."""
+    """All names (tied weights have several) of the weight that a placeholder stands for; else empty."""
     return node.meta.get("weight", ()) if isinstance(node, fx.Node) else ()
 
 
@@ -267,9 +270,9 @@ def output_node(graph: fx.Graph) -> fx.Node:
 
 
 def weight_only(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that depend on weights and constants alone (weights included, bare constants and factories not).
+    """The nodes that depend on weights and constants alone (weights included; constants and factories not).
 
-    Their results may be prepared once and kept: `lowering/fold` cuts them out of the graph that runs at each call.
+    Their results may be prepared once and kept: `lowering/fold` cuts them out of what runs at each call.
     """
     known: set[fx.Node] = set()
     for node in graph.nodes:
@@ -277,7 +280,11 @@ def weight_only(graph: fx.Graph) -> set[fx.Node]:
             known.add(node)
         elif node.op == "call_function" and is_pure(node):
             reads = inputs(node)
-            if reads and any(n in known for n in reads) and all(n in known or n.op == "get_attr" for n in reads):
+            if (
+                reads
+                and any(n in known for n in reads)
+                and all(n in known or n.op == "get_attr" for n in reads)
+            ):
                 known.add(node)
     return known
 
@@ -291,7 +298,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def source(node: fx.Node) -> str:
-    """The source line that made the node, as `modeling_llama.py:60 return self.weight * h`; empty where unknown."""
+    """The source line that made the node, as `modeling_llama.py:60 return self.weight * h`; or empty."""
     return node.meta.get("source", "")
 
 
@@ -326,7 +333,7 @@ def copy_provenance(new: fx.Node, old: fx.Node) -> None:
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy with the same abstract values: `copy.deepcopy` would copy the fake tensors and their mode, too."""
+    """A copy with the same abstract values: `copy.deepcopy` would copy the fake tensors and their mode."""
     new = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

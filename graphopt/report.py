@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 RECOGNISED = "recognise"  # the pass whose graph is counted
 MERGED = "merge"  # where no pass has that name: the graph that this pass is given
 COLOURS = {"recognised": "green", "warning": "yellow", "not optimised": "bold red", "near miss": "magenta"}
-NEAR = 3  # a miss with fewer matched parts, at a node that another rule made, is not worth a line of the summary
+NEAR = (
+    3  # a miss with fewer matched parts, at a node that another rule made, is not worth a line of the summary
+)
 SHOWN_MISSES = 5  # the summary's; the report keeps the nearest miss of every rule
 
 

@@ -26,7 +26,9 @@ def sdpa(node: fx.Node) -> Mapping[str, object] | str:
     (batch, heads, *_), (kv_batch, kv_heads, *_), (v_batch, v_heads, *_) = g.shape(q), g.shape(k), g.shape(v)
     if not g.same_size(kv_heads, v_heads):
         return f"k has {kv_heads} heads and v {v_heads}"
-    shared = g.same_size(kv_heads, 1) or g.arg(node, "enable_gqa")  # one kv head is broadcast to all query heads
+    shared = g.same_size(kv_heads, 1) or g.arg(
+        node, "enable_gqa"
+    )  # one kv head is broadcast to all query heads
     if not g.same_size(heads, kv_heads) and not shared:
         return f"{heads} query heads and {kv_heads} kv heads without enable_gqa"
     if not g.same_size(batch, kv_batch) or not g.same_size(batch, v_batch):

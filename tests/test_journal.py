@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from graphopt import torch_private
+from graphopt.journal import Journal, Log, from_environment, sentence
 from graphopt.observe import (
     Event,
     KernelChosen,
@@ -23,7 +24,6 @@ from graphopt.observe import (
 )
 from graphopt.rewrite import Match, Refusal
 from graphopt.tools import journal
-from graphopt.journal import Journal, Log, from_environment, sentence
 from tests.sketch import Sketch
 
 aten = torch.ops.aten

@@ -368,6 +368,7 @@ def test_fill_is_what_the_dtype_holds() -> None:
 
 def test_two_finite_fills_stay_a_tensor() -> None:
     """min + min = -inf: in a row without keys some keys then count and some do not."""
+
     def mask(p: torch.Tensor) -> torch.Tensor:
         causal = torch.zeros(7, 7).masked_fill(torch.ones(7, 7, dtype=torch.bool).triu(1), MIN)
         return causal + torch.zeros(2, 1, 1, 7).masked_fill(~p[:, None, None, :], MIN)

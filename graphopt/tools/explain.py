@@ -11,10 +11,10 @@ from torch import fx
 import graphopt.defaults as defaults
 from graphopt.capture import Captured, capture, from_dynamo
 from graphopt.errors import CaptureRefused, OptionError
+from graphopt.journal import from_environment
 from graphopt.observe import Observer, PassStarted, emit
 from graphopt.pipeline import Pipeline, passes_named
 from graphopt.report import RECOGNISED, Report
-from graphopt.journal import from_environment
 from graphopt.tools.snapshots import CAPTURED
 
 
@@ -68,7 +68,7 @@ def _captured(
     args: Sequence[object],
     kwargs: Mapping[str, object],
 ) -> Captured:
-    """The captured program; what torch.export cannot take (a StaticCache argument, say) comes through Dynamo instead.
+    """The captured program; what torch.export cannot take (a StaticCache, say) comes through Dynamo.
 
     Nothing runs: Dynamo is stopped as soon as it has handed over the graph.
     """
