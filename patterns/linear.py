@@ -1,4 +1,4 @@
-"""Linear layers spelled as products, and the flattening around GPT-2's Conv1D (its addmm is a linear already)."""
+"""Linears spelled as products, and the flattening around GPT-2's Conv1D (its addmm is a linear already)."""
 
 from __future__ import annotations
 

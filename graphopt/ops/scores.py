@@ -20,9 +20,9 @@ def attention_scores(
 ) -> Tensor:
     """softcap(q @ k^T * scale) + bias, in q's dtype: q [B, H, Q, D], k [B, H, K, D] -> [B, H, Q, K].
 
-    Exists between two rewrites only: rules let it swallow scale, softcap and masks, then the softmax and v make
+    Exists between two rewrites only: rules let it swallow scale, softcap and masks, then softmax and v make
     it `attention`. A bool bias hides keys where it is False: with -inf, or under `empty_rows_mean` with the
-    dtype's lowest number, as the eager code it stands for did. Raises what `attention` raises.
+    dtype's lowest number, as the eager code it stands for did.
     """
     scores = _scores(q, k, scale, softcap, bias).to(q.dtype)
     if bias is not None and bias.dtype == torch.bool:
