@@ -98,10 +98,17 @@ class WeightStore:
         with self._lock:
             entry = self._entries.get(key)
             if entry is None or entry.state != state:
+                self._drop_stale(key[1], state)
                 value = self._prepare(sources, plan)
                 watch = tuple(weakref.ref(s, _Dropper(self, key)) for s in sources)
                 entry = self._entries[key] = _Entry(state, value, _nbytes(value, sources), watch)
             return entry.value
+
+    def _drop_stale(self, identities: tuple[int, ...], state: tuple[tuple[int, int], ...]) -> None:
+        """Drop what other plans made of an older state of the same tensors: after `model.to(dtype)`, say."""
+        stale = [k for k, e in list(self._entries.items()) if k[1] == identities and e.state != state]
+        for key in stale:
+            self._entries.pop(key, None)
 
     def refresh(self) -> None:
         """Forget everything: for weights written in a way that leaves no trace (`p.data`, numpy)."""
