@@ -10,7 +10,7 @@ PYTHON ?= python3
 JOBS   ?= 2
 
 BIN   := .venv/bin
-READY := .venv/.ready
+READY := .venv/.ready-$(TORCH)-$(TRITON)  # another version is another set-up
 PIP   := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo test check bench clean

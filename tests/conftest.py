@@ -1,6 +1,6 @@
 """What every test shares: Before / After of rules; `gpu` tests are skipped where there is no device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -22,6 +22,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def modes_are_left_as_they_were() -> Iterator[None]:
+    """A test (or what it calls) that leaves gradients off changes the meaning of those after it: it fails itself."""
+    before = torch.is_grad_enabled()
+    yield
+    after = torch.is_grad_enabled()
+    torch.set_grad_enabled(before)
+    assert after == before, f"gradients were {before} before the test and are {after} after it"
 
 
 Program = Callable[..., object]

@@ -62,6 +62,9 @@ def norm_cases() -> list[Case]:
             Case(ops.add_layer_norm, label, lambda d, x=x, w=w: (x(d), x(d), w(d), None, 1e-5)),
             Case(ops.activation, label, lambda d, x=x: (x(d), "quick_gelu")),
             Case(ops.gated_activation, label, lambda d, x=x: (x(d), x(d), "silu")),
+            Case(ops.all_reduce, label, lambda d, x=x: (x(d), "tp", "max")),
+            Case(ops.all_gather, label, lambda d, x=x: (x(d), "tp", -1)),
+            Case(ops.reduce_scatter, label, lambda d, x=x: (x(d), "tp", 0)),
         ]
     broadcast = lambda d: (rand(2, 3, 5, dtype=d), rand(3, 5, dtype=d), rand(5, dtype=d))
     cases.append(Case(ops.add_rms_norm, "broadcast", lambda d: (*broadcast(d), 1e-6)))

@@ -23,7 +23,7 @@ from graphopt.observe import (
     emit,
 )
 from graphopt.rewrite import Match, Refusal
-from graphopt.tools import journal
+from graphopt import journal
 from tests.sketch import Sketch
 
 aten = torch.ops.aten

@@ -151,6 +151,9 @@ def symbolic_calls() -> dict[
         ),
         "gated_activation": (lambda x: ops.gated_activation(x, x, "relu2"), (x,)),
         "activation": (lambda x: ops.activation(x, "tanh"), (x,)),
+        "all_reduce": (lambda x: ops.all_reduce(x, "tp"), (x,)),
+        "all_gather": (lambda x: ops.all_gather(x, "tp", -1), (x,)),
+        "reduce_scatter": (lambda x: ops.reduce_scatter(x, "tp", 0, "avg"), (x,)),
     }
     return {name: (call, arguments, mode) for name, (call, arguments) in calls.items()}
 

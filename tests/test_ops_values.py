@@ -199,3 +199,10 @@ def test_cache_update(dtype: torch.dtype) -> None:
         assert torch.equal(written[:, :, 6], new[:, :, 0]) and torch.equal(written[:, :, 2], new[:, :, 1])
         kept = [0, 1, 3, 4, 5]
         assert torch.equal(written[:, :, kept], cache[:, :, kept])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_collectives_of_one_rank_are_copies(dtype: torch.dtype) -> None:
+    x = rand(3, 5, dtype=dtype)
+    for result in (ops.all_reduce(x, "tp"), ops.all_gather(x, "tp", 1), ops.reduce_scatter(x, "tp", 0)):
+        assert torch.equal(result, x) and result.data_ptr() != x.data_ptr()

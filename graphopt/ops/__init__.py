@@ -7,6 +7,7 @@ its inputs.
 
 from graphopt.ops.attention import attention, attention_lse
 from graphopt.ops.cache import cache_update
+from graphopt.ops.comm import all_gather, all_reduce, reduce_scatter
 from graphopt.ops.define import Op, op
 from graphopt.ops.linear import linear, linear_epilogue
 from graphopt.ops.mlp import activation, gated_activation
@@ -28,6 +29,9 @@ OPS = (
     linear_epilogue,
     gated_activation,
     activation,
+    all_reduce,
+    all_gather,
+    reduce_scatter,
 )
 
 __all__ = ["OPS", "Op", "op", *(o.__name__ for o in OPS)]

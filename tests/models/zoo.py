@@ -273,7 +273,12 @@ def trace(function: Callable[..., object], given: Mapping[str, torch.Tensor]) ->
         _allow_non_fake_inputs=True,
     )
     with torch.no_grad():
-        return tracer(*given.values())
+        traced = tracer(*given.values())
+    for node in list(traced.graph.nodes):
+        if getattr(node.target, "__name__", "") == "_set_grad_enabled":  # to run it would switch the caller's mode
+            traced.graph.erase_node(node)
+    traced.recompile()
+    return traced
 
 
 def traced(built: nn.Module, given: Mapping[str, torch.Tensor], cache: str) -> fx.GraphModule:
