@@ -10,7 +10,8 @@ PYTHON ?= python3
 JOBS   ?= 2
 
 BIN   := .venv/bin
-READY := .venv/.ready-$(TORCH)-$(TRITON)  # another version is another set-up
+# Another version is another set-up.
+READY := .venv/.ready-$(TORCH)-$(TRITON)
 PIP   := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo test check bench clean

@@ -14,6 +14,7 @@ from torch import fx
 
 from graphopt import graph as g
 from graphopt import torch_private
+from graphopt.autocast import within
 from graphopt.capture import Captured, from_dynamo
 from graphopt.defaults import context, pipeline
 from graphopt.errors import CaptureRefused, GraphoptError, OptionError, StrictError
@@ -147,7 +148,8 @@ def _build(
         try:
             captured = from_dynamo(gm, examples)
             ctx = context(options, store=STORE, observers=observers)
-            program, report = pipeline(options).run(captured, ctx)
+            with within(None):  # what is run and traced on the way has its casts in the graph
+                program, report = pipeline(options).run(captured, ctx)
         except Exception as error:
             failure, report.fallback = error, _described(error)
             log.debug("compilation failed", exc_info=True)
@@ -157,7 +159,7 @@ def _build(
     _note_recompile_limit(report, observers)
     for message in report.warnings:
         warnings.warn(message, stacklevel=3)
-    return Guarded(program.run or program.gm.forward, gm.forward, _writes(captured), options.strict, report)
+    return Guarded(program.runnable(program.gm.forward), gm.forward, _writes(captured), options.strict, report)
 
 
 def _without_us(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -20,6 +20,7 @@ from torch import fx
 from graphopt import graph as g
 from graphopt import torch_private
 from graphopt.aliasing import written_inputs
+from graphopt.autocast import ambient, outside
 from graphopt.errors import CaptureRefused, WeightError
 from graphopt.tracing import Door, check_inputs, first_line, trace
 
@@ -37,6 +38,7 @@ class Captured:
         unflatten: turns the graph's flat outputs into what the original returned.
         mode: the fake mode of the values in `meta["val"]`.
         run: what executes the flat list; `gm` unless a lowering replaced it.
+        autocast: whether it was captured under autocast. Its casts are in the graph: it runs without.
     """
 
     gm: fx.GraphModule
@@ -44,10 +46,15 @@ class Captured:
     unflatten: Callable[[Sequence[object]], object]
     mode: torch_private.FakeTensorMode
     run: Callable[..., object] | None = None
+    autocast: bool = field(default_factory=lambda: ambient() is not None)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Run on the caller's arguments, with the weights the model holds now."""
-        return self.unflatten((self.run or self.gm)(*self.bind(args, kwargs)))  # type: ignore[arg-type]  # a tuple
+        return self.unflatten(self.runnable(self.gm)(*self.bind(args, kwargs)))  # type: ignore[arg-type]  # a tuple
+
+    def runnable(self, otherwise: Callable[..., object]) -> Callable[..., object]:
+        """What executes the flat list: `run`, or what is given where there is none."""
+        return outside(self.run or otherwise) if self.autocast else self.run or otherwise
 
     def replace(self, gm: fx.GraphModule, run: Callable[..., object] | None = None) -> Captured:
         """The same program with another graph."""
@@ -68,7 +75,7 @@ def capture(
     Raises:
         CaptureRefused: out of scope as a whole (unknown higher-order op, tensor subclass, sparse or complex
         tensor,
-            enabled autocast, data-dependent control flow), with the reason.
+            data-dependent control flow, a cast by autocast that no argument shows), with the reason.
     """
     if isinstance(model, torch.export.ExportedProgram):
         return from_exported(model)

@@ -112,7 +112,9 @@ class _Attempt:
                 rest = ((value, have.kwargs[key]), rest)
             if want.target in COMMUTATIVE and _swappable(want, have):
                 return self.either(want, have, rest, done)
-            for value, mine in zip(reversed(want.args), reversed(have.args), strict=True):
+            # What broadcasts to leading sizes comes last: it cannot say what they are.
+            pairs = sorted(zip(want.args, have.args, strict=True), key=lambda pair: _broadcasts(pair[0]))
+            for value, mine in reversed(pairs):
                 rest = ((value, mine), rest)
             goals = rest
         return self.unifier.settle() and self.other_outputs(done)
@@ -186,6 +188,10 @@ def _may_be(part: Part, node: fx.Node) -> bool:
     if part.target not in COMMUTATIVE or len(wanted) < 2 or len(found) < 2:
         return False
     return not _cannot_be(wanted[0], found[1]) and not _cannot_be(wanted[1], found[0])
+
+
+def _broadcasts(want: object) -> bool:
+    return isinstance(want, Part) and want.broadcast
 
 
 def _swappable(want: Part, have: fx.Node) -> bool:

@@ -19,6 +19,7 @@ from graphopt import torch_private
 from graphopt.binding import Binding, Miss
 from graphopt.match import match, outside_reader
 from graphopt.observe import Matched, Observer, Refused, emit
+from graphopt.place import Place, find_place
 from graphopt.rule import Canonicalise, Part, Rule, Variant, variants
 from graphopt.rule_trace import needed_targets
 from graphopt.template import Template, fake_result
@@ -202,10 +203,13 @@ class Rewriter:
         reason = unsafe(variant, binding)
         if not self.spared.isdisjoint(binding.nodes.values()):
             reason = "a part of it belongs to a match that is denied"
-        if place is None or reason:
-            reason = reason or "something that it reads is computed only after its result is used"
+        if isinstance(place, str) or reason:
+            reason = reason or str(place)
             self.misses[rule, anchor] = Miss(len(binding.nodes), anchor, reason)
             return False
+        assert isinstance(place, Place)
+        for late in place.hoisted:
+            place.node.prepend(late)
         for value, number in binding.assumed:
             torch_private.specialise(value, number)
         replaced = list(dict.fromkeys(binding.nodes.values()))
@@ -214,7 +218,7 @@ class Rewriter:
             self.gm.graph,
             variant.replacement,
             binding,
-            place,
+            place.node,
             outputs,
             lambda new, value: adopt(new, anchor, origin, value),
         )
@@ -271,19 +275,6 @@ def unsafe(variant: Variant, binding: Binding) -> str:
         ):
             return f"{leaf.name} is written in place by an operator that has no pure form"
     return ""
-
-
-def find_place(binding: Binding, outputs: list[fx.Node]) -> fx.Node | None:
-    """Where the new nodes go: after all they read, before all that reads them; None if there is none."""
-    tables = (binding.leaves, binding.names, binding.carried)
-    reads = [v for table in tables for v in table.values() if isinstance(v, fx.Node)]
-    last = max(reads, default=None)
-    first = min(outputs)
-    if last is None or last < first:
-        return first
-    inside = set(binding.nodes.values())
-    after = min((u for n in outputs for u in n.users if u not in inside), default=None)
-    return after if after is not None and last < after else None
 
 
 def downstream(node: fx.Node) -> Iterator[fx.Node]:

@@ -72,6 +72,9 @@ class Template:
                 if part.target is aten.reshape.default and part not in results:
                     made[part] = self.reshaped(args)
                     continue
+                if part.target is aten.logical_not.default and part not in results and _negated(args[0]):
+                    made[part] = args[0].args[0]  # type: ignore[attr-defined]  # a node
+                    continue
                 node = self.call(part.target, args, kwargs)
                 old = results.get(part)
                 self.adopt(node, g.val(old) if old is not None else self.value(part, node, results))
@@ -180,6 +183,16 @@ def fake_result(node: fx.Node) -> object:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), g.val)  # type: ignore[arg-type]  # values, not nodes
     with torch_private.no_dispatch_of(mode):
         return node.target(*args, **kwargs)  # type: ignore[operator]  # a call's target is callable
+
+
+def _negated(x: object) -> bool:
+    """Whether x is `~y` of booleans: its negation is y itself."""
+    return (
+        isinstance(x, fx.Node)
+        and g.is_call(x, aten.logical_not.default)
+        and isinstance(x.args[0], fx.Node)
+        and g.dtype(x.args[0]) == torch.bool
+    )
 
 
 def _carry(

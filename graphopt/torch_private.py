@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torch.fx.traceback
@@ -282,3 +282,104 @@ def operators_run(call: Callable[[], object]) -> int:
     with Counter() as counter:
         call()
     return counter.count
+
+
+def has_kernel(op: OpOverload, key: str) -> bool:
+    """Whether torch registers a kernel of an operator's own under a dispatch key, as "AutocastCPU"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)
+
+
+class OperatorLog:
+    """What calls compute below autograd and autocast. Calls whose logs are equal compute the same.
+
+    Values are numbered by how they were computed. Casts are told by what takes their results, since torch
+    orders them as it likes; the view of a cast and the cast of a view are the same.
+
+    Attributes:
+        under_autocast: the operators that ran where autocast could still cast inside their kernels.
+    """
+
+    def __init__(self) -> None:
+        self.under_autocast: set[OpOverload] = set()
+        self._numbers: dict[object, int] = {}
+
+    def of(self, call: Callable[..., object], values: Sequence[object]) -> tuple[object, ...]:
+        """The operators that a call on some values runs, in order, each with what it takes; and the results.
+
+        Values at one place of `values` count as equal from one log to the next.
+        """
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        names: dict[int, _Name] = {}
+        alive: list[object] = []  # or an id would be given again
+        calls: list[int] = []
+
+        def name(value: object, key: object, casts: tuple[torch.dtype, ...] = ()) -> None:
+            for i, one in enumerate(tree_flatten(value)[0]):
+                if isinstance(one, torch.Tensor):
+                    alive.append(one)
+                    names[id(one)] = self._number((key, i)), casts
+
+        def spell(value: object) -> object:
+            if not isinstance(value, torch.Tensor):
+                return repr(value)
+            return names.get(id(value)) or ("constant", value.dtype, str(tuple(value.shape)))
+
+        class Log(TorchDispatchMode):
+            def __torch_dispatch__(
+                _, function: OpOverload, types: object, args: tuple = (), kwargs: dict | None = None
+            ) -> object:
+                kwargs = kwargs or {}
+                if function.namespace == "prim":
+                    return function(*args, **kwargs)
+                if has_kernel(function, "CompositeImplicitAutograd"):  # under inference mode they come whole
+                    with _:
+                        result = function.decompose(*args, **kwargs)
+                    if result is not NotImplemented:
+                        return result
+                if _autocast_reaches_in():
+                    self.under_autocast.add(function)
+                result = function(*args, **kwargs)
+                before = names.get(id(args[0])) if args else None
+                if function is torch.ops.aten._to_copy.default and before:
+                    alive.append(result)
+                    names[id(result)] = before[0], (*before[1], result.dtype)  # type: ignore[union-attr]  # a tensor
+                    return result
+                moved = before is not None and function in _MOVES
+                flat, spec = tree_flatten((args[1:], kwargs) if moved else (args, kwargs))
+                key = str(function), str(spec), before[0] if moved else None, *(spell(v) for v in flat)
+                calls.append(self._number(key))
+                name(result, key, before[1] if moved else ())
+                return result
+
+        name(list(values), "given")
+        with Log():
+            result = call(*values)
+        return tuple(calls), tuple(spell(v) for v in tree_flatten(result)[0])
+
+    def _number(self, key: object) -> int:
+        return self._numbers.setdefault(key, len(self._numbers))
+
+
+_Name: TypeAlias = "tuple[int, tuple[torch.dtype, ...]]"  # what was computed, and what it was then cast to
+# Views that choose by position only: they may change places with a cast.
+_MOVES = frozenset(
+    getattr(getattr(torch.ops.aten, name), overload)
+    for name, overload in (
+        ("permute", "default"),
+        ("transpose", "int"),
+        ("t", "default"),
+        ("unsqueeze", "default"),
+        ("squeeze", "dim"),
+        ("squeeze", "default"),
+        ("expand", "default"),
+        ("view", "default"),
+        ("select", "int"),
+        ("slice", "Tensor"),
+    )
+)
+
+
+def _autocast_reaches_in() -> bool:
+    key = torch._C.DispatchKey.AutocastCPU
+    return not torch._C._dispatch_tls_is_dispatch_key_excluded(key)

@@ -4,14 +4,15 @@ node.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
 
+from graphopt import autocast, torch_private
 from graphopt import graph as g
-from graphopt import torch_private
 from graphopt.errors import CaptureRefused
 
 # Calls that are recorded and that mean nothing for inference. `inference_mode` inside a graph only marks
@@ -41,25 +42,42 @@ _UNDECLARED_WRITES = {
 
 
 class Door(fx.Interpreter):
-    """Runs a recorded graph under the tracer: regions dissolve, what is out of scope is refused by name."""
+    """Runs a recorded graph under the tracer: regions dissolve, what is out of scope is refused by name.
+
+    Autocast regions are really entered, and recorded for `autocast.make_explicit`.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self._regions: list[torch.autocast] = []
+
+    def run(self, *args: object, **kwargs: object) -> object:
+        """As fx's; a region that an error leaves open is left."""
+        try:
+            return super().run(*args, **kwargs)  # type: ignore[arg-type]  # any arguments
+        finally:
+            while self._regions:
+                self._regions.pop().__exit__(None, None, None)
 
     def call_function(self, target: object, args: tuple, kwargs: dict) -> object:
         """As fx's, but for modes, regions and higher-order operators."""
         name = getattr(target, "__name__", str(target))
-        if name in _IGNORED or name == "_exit_autocast":
+        if name in _IGNORED:
             return None
-        if name == "_enter_autocast":
-            _refuse_enabled_autocast(args)
-            return None
+        if name == autocast.ENTER:
+            self._regions.append(autocast.region(*args))
+            return self._regions[-1].__enter__()
+        if name == autocast.EXIT:
+            return self._regions.pop().__exit__(None, None, None)
         if name == "_get_data_attr":  # `x.data`; the tracer would lose sight of it
             return args[0].detach()
         if torch_private.is_higher_order(target):
             if name not in _DISSOLVED:
                 raise CaptureRefused(f"the higher-order operator {name!r} is not supported")
-            if name == "wrap_with_autocast":
-                _refuse_enabled_autocast(args)
+            region = autocast.region(*args[:4]) if name == "wrap_with_autocast" else contextlib.nullcontext()
             body = args[_DISSOLVED[name]]
-            return type(self)(body).run(*args[_DISSOLVED[name] + 1 :])
+            with region:
+                return type(self)(body).run(*args[_DISSOLVED[name] + 1 :])
         return super().call_function(target, args, kwargs)  # type: ignore[arg-type]  # fx checks it
 
 
@@ -72,12 +90,15 @@ def trace(
         CaptureRefused: the function fails on fakes, or does what no pass understands.
     """
     check_inputs(fakes)
+    around = autocast.ambient()
     try:
-        traced = torch_private.trace(function, fakes, mode)
+        with autocast.within(around):
+            traced = torch_private.trace(function, fakes, mode)
     except CaptureRefused:
         raise
     except Exception as error:
         raise CaptureRefused(f"tracing failed: {first_line(error)}") from error
+    autocast.make_explicit(traced, around, mode)
     _dissolve(traced.graph)
     for node in traced.graph.nodes:
         node.meta["module_path"] = _module_path(node)
@@ -91,9 +112,7 @@ def _dissolve(graph: fx.Graph) -> None:
     """Drop modes that a plain function entered, and the dropouts that return their argument as it is."""
     for node in reversed(graph.nodes):
         name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-        if name == "_enter_autocast":
-            _refuse_enabled_autocast(node.args)
-        if name in _IGNORED or name in ("_enter_autocast", "_exit_autocast"):
+        if name in _IGNORED or name in (autocast.ENTER, autocast.EXIT):
             graph.erase_node(node)
         elif node.target in _DROPOUTS and not (node.args[1] and node.args[2]):  # its fake says that it copies
             node.replace_all_uses_with(node.args[0])
@@ -122,23 +141,7 @@ def check_inputs(values: Sequence[object]) -> None:
             raise CaptureRefused(f"an input has dtype {value.dtype}; complex tensors are not supported")
         if value.is_quantized:
             raise CaptureRefused(f"an input has the quantized dtype {value.dtype}")
-    for kind in {v.device.type for v in values if isinstance(v, torch.Tensor)} | {"cpu"}:
-        if kind != "meta" and torch.is_autocast_enabled(kind):
-            raise CaptureRefused(
-                f"autocast to {torch.get_autocast_dtype(kind)} is on around the call; "
-                "convert the model with model.to(dtype) instead"
-            )
-
-
-def _refuse_enabled_autocast(args: tuple[object, ...]) -> None:
-    """Autocast that is on inside the graph: its casts happen below the tracer, so what it records would be
-    wrong.
-    """
-    device, dtype, enabled = (*args, None, None, True)[:3]
-    if enabled:
-        raise CaptureRefused(
-            f"a region runs under autocast({device!r}, {dtype}); convert the model with model.to(dtype)"
-        )
+    autocast.refuse_other_ambient({v.device.type for v in values if isinstance(v, torch.Tensor)})
 
 
 def _check_node(gm: fx.GraphModule, node: fx.Node) -> None:

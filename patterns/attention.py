@@ -7,7 +7,7 @@ mask, until softmax and v make it `attention`. So each rule is one small equatio
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphopt import graph as g
 from graphopt import ops
@@ -65,6 +65,30 @@ def infinite_mask(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
     return ops.attention_scores(q, k, 1.0).masked_fill(hidden, float("-inf"))
 
 
+def shown_mask(q: Tensor, k: Tensor, seen: Tensor, fill: float) -> Tensor:
+    """where(seen, scores, fill)"""
+    return torch.where(seen, ops.attention_scores(q, k, 1.0), fill)
+
+
+def hidden_mask(q: Tensor, k: Tensor, hidden: Tensor, fill: float) -> Tensor:
+    """where(hidden, fill, scores)"""
+    return torch.where(hidden, fill, ops.attention_scores(q, k, 1.0))
+
+
+def low_filled_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, fill: float) -> Tensor:
+    """softmax(scores.masked_fill(hidden, -1e9)) @ v
+
+    One rule down to v: as scores, a fill of -1e9 is not the fill of the lowest number.
+    """
+    return torch.softmax(ops.attention_scores(q, k, 1.0).masked_fill(hidden, fill), dim=-1) @ v
+
+
+def upcast_low_filled_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, fill: float) -> Tensor:
+    """softmax(scores.masked_fill(hidden, -1e9), dtype=float32).to(q.dtype) @ v"""
+    scores = ops.attention_scores(q, k, 1.0).masked_fill(hidden, fill)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(scores) @ v"""
     return torch.softmax(ops.attention_scores(q, k, 1.0), dim=-1) @ v
@@ -96,7 +120,13 @@ def _feeds_softmax(binding: Binding) -> str | None:
         u for node in binding.nodes.values() for u in node.users if g.is_call(node, aten.matmul.default)
     ]
     between = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.tanh.default, aten.to.dtype)
-    masks = (aten.masked_fill.Scalar, aten.where.self, aten.where.ScalarOther)
+    masks = (
+        aten.masked_fill.Scalar,
+        aten.masked_fill.Tensor,
+        aten.where.self,
+        aten.where.ScalarOther,
+        aten.where.ScalarSelf,
+    )
     for _ in range(10):
         if any(g.is_call(u, aten.softmax.int) for u in readers):
             return None
@@ -110,11 +140,39 @@ def _positive(binding: Binding) -> str | None:
     return f"the softcap {cap} is not positive" if isinstance(cap, (int, float)) and cap <= 0 else None
 
 
+def _low(binding: Binding) -> str | None:
+    """exp(fill - largest score) has to be exactly 0, and a fill says nothing of the scores.
+
+    Below -1e9 it is, unless a score is itself below -1e9 + 104 (fp32's exp is 0 from -104 on; fp64's from
+    -745): products of rows with norms of 3e4. At -1e4 that takes norms of 100, which models have. A row
+    without a key is the mean of v, as all its scores are the fill.
+    """
+    fill = binding.number("fill")
+    if not isinstance(fill, (int, float)):
+        return f"the fill {fill} is known at run time only"
+    return None if fill <= LOW and fill != float("-inf") else f"the fill {fill} is not in (-inf, {LOW}]"
+
+
+def _representable(binding: Binding) -> str | None:
+    """masked_fill raises for a number that where() rounds to an infinity."""
+    fill, scores = binding.number("fill"), binding.leaves["q"]
+    assert isinstance(scores, fx.Node)
+    largest = torch.finfo(g.dtype(scores)).max
+    if not isinstance(fill, (int, float)):
+        return f"the fill {fill} is known at run time only"
+    if abs(fill) <= largest or fill == float("-inf"):
+        return None
+    return f"the fill {fill} is beyond {g.dtype(scores)}'s {-largest}"
+
+
+LOW = -1e9
 _QKV = {"q": T("b h s d"), "k": T("b h t d"), "v": T("b h t e")}
 _QK = {"q": T("b h s d"), "k": T("b h t d")}
-_MASK = T("b|1 h|1 s|1 t")
-_BOOL = T("b|1 h|1 s|1 t", "bool")
+_MASKED = {"q": T("... s d"), "k": T("... t d")}  # leading b h, to which masks of any rank broadcast
+_MASK = T("...|1 s|1 t")
+_BOOL = T("...|1 s|1 t", "bool")
 _SCALE = Float(0.3)
+_FILL = Float(-1e4)
 SCORES = ("scale", "bias", "softcap", "empty_rows_mean")
 ALL = (
     "scale",
@@ -177,23 +235,54 @@ RULES = (
     rule(
         added_mask,
         lambda q, k, mask: ops.attention_scores(q, k, 1.0, mask),
-        _QK,
+        _MASKED,
         carry=("scale", "softcap"),
         mask=_MASK,
     ),
     rule(
         filled_mask,
         lambda q, k, hidden: ops.attention_scores(q, k, 1.0, ~hidden, None, True),
-        _QK,
+        _MASKED,
         carry=("scale", "softcap"),
         hidden=_BOOL,
     ),
     rule(
         infinite_mask,
         lambda q, k, hidden: ops.attention_scores(q, k, 1.0, ~hidden),
-        _QK,
+        _MASKED,
         carry=("scale", "softcap"),
         hidden=_BOOL,
+    ),
+    rule(
+        shown_mask,
+        lambda q, k, seen, fill: ops.attention_scores(q, k, 1.0).masked_fill(~seen, fill),
+        _MASKED,
+        carry=("scale", "softcap"),
+        guard=_representable,
+        seen=_BOOL,
+        fill=_FILL,
+    ),
+    rule(
+        hidden_mask,
+        lambda q, k, hidden, fill: ops.attention_scores(q, k, 1.0).masked_fill(hidden, fill),
+        _MASKED,
+        carry=("scale", "softcap"),
+        guard=_representable,
+        hidden=_BOOL,
+        fill=_FILL,
+    ),
+    *(
+        rule(
+            pattern,
+            lambda q, k, v, hidden, fill: ops.attention(q, k, v, 1.0, bias=~hidden, empty_rows_mean=True),
+            _MASKED,
+            carry=("scale", "softcap"),
+            guard=_low,
+            v=T("... t e"),
+            hidden=_BOOL,
+            fill=Float(-2e9),
+        )
+        for pattern in (low_filled_attention, upcast_low_filled_attention)
     ),
     rule(softmax_attention, _whole, _QKV, carry=SCORES),
     rule(upcast_softmax_attention, _whole, _QKV, carry=SCORES),

@@ -104,7 +104,30 @@ def gelu(node: fx.Node) -> Mapping[str, object] | str:
     return {"x": node.args[0], "kind": kinds[str(approximate)]}
 
 
+def literal(name: str) -> Callable[[fx.Node], Mapping[str, object] | str]:
+    """where(m, x, full([], c)) -> where(m, x, c); masked_fill(x, m, full([], c)) -> masked_fill(x, m, c)"""
+
+    def arguments(node: fx.Node) -> Mapping[str, object] | str:
+        given = {n: g.arg(node, n) for n in g.argument_names(node.target)}  # type: ignore[arg-type]  # a call's target is callable
+        full, x = given[name], given["self"]
+        if not g.is_call(full, *FULL):
+            return f"{name} is no constant"
+        assert isinstance(full, fx.Node) and isinstance(x, fx.Node)
+        number = g.arg(full, "s" if full.target is aten.scalar_tensor.default else "fill_value")
+        if isinstance(number, fx.Node) or g.dtype(x) != g.dtype(node) or not g.dtype(x).is_floating_point:
+            return f"{name} decides the dtype, or is known at run time only"
+        if not g.same_shape(g.shape(x), g.shape(node)):
+            return f"{name} decides the shape"
+        return {**given, name: number}
+
+    return arguments
+
+
+FULL = (aten.full.default, aten.full_like.default, aten.scalar_tensor.default)
+
 RULES = (
+    Translation("where_full", aten.where.self, aten.where.ScalarOther, literal("other")),
+    Translation("fill_full", aten.masked_fill.Tensor, aten.masked_fill.Scalar, literal("value")),
     Translation("torch_sdpa", aten.scaled_dot_product_attention.default, ops.attention.overload, sdpa),
     Translation("torch_linear", aten.linear.default, ops.linear.overload, linear),
     Translation("torch_layer_norm", aten.layer_norm.default, ops.layer_norm.overload, layer_norm),

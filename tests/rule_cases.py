@@ -88,7 +88,9 @@ def points(rule: Rule, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str,
     specs = [s.dims for s in tensors(rule).values()]
     if any("|1" in dims for dims in specs):
         yield "broadcast", Point(TIDY, ones=True, dtypes=dtypes)
-    if any("..." in dims for dims in specs):
+    if any("..." in dims for dims in specs) and not {"q", "k"} <= set(
+        rule.specs
+    ):  # heads have two leading ones
         for lead in ((), (5,), (2, 1, 3), (1, 1)):
             yield f"lead {lead}", Point(TIDY, lead=lead, dtypes=dtypes)
 

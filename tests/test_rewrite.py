@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor, fx, nn
 
 from graphopt import graph as g
 from graphopt import ops, rewrite, torch_private
+from graphopt.binding import Binding
 from graphopt.capture import capture
 from graphopt.defaults import RULES
 from graphopt.passes.canonicalize import canonicalize
-from graphopt.rewrite import Rewriter, find_place
+from graphopt.place import Place, find_place
+from graphopt.rewrite import Rewriter
 from graphopt.rule import T, rule
 from tests.rewriting import Watch, canonical, rewritten, vocabulary
 from tests.rule_cases import EQUATIONS
@@ -172,17 +175,82 @@ def test_everything_is_read_after_it_is_made() -> None:
 
 
 def test_there_may_be_no_place() -> None:
-    """find_place is None where an input is computed from an output."""
+    """An input that is computed from an output is a cycle, however far it is from it."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     first = graph.call_function(aten.sin.default, (x,))
-    between = graph.call_function(aten.cos.default, (first,))
-    second = graph.call_function(aten.sin.default, (between,))
+    between = graph.call_function(aten.cos.default, (first,), name="cos")
+    further = graph.call_function(aten.cos.default, (between,))
+    second = graph.call_function(aten.sin.default, (further,))
     graph.output((first, second))
-    from graphopt.binding import Binding
+    cycle = "cos, which it needs, is computed from its own result"
+    assert find_place(Binding(leaves={"a": x, "b": between}), [first, second]) == cycle
+    assert find_place(Binding(leaves={"a": x, "b": further}), [first, second]) == cycle
+    assert find_place(Binding(leaves={"a": x}), [first, second]) == Place(first)
 
-    assert find_place(Binding(leaves={"a": x, "b": between}), [first, second]) is None
-    assert find_place(Binding(leaves={"a": x}), [first, second]) is first
+
+def test_a_late_input_is_computed_earlier_unless_something_forbids_it() -> None:
+    """It moves with what it needs, in order; an effect or a write in between keeps it where it is."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    first = graph.call_function(aten.sin.default, (x,))
+    reader = graph.call_function(aten.neg.default, (first,))
+    needed = graph.call_function(aten.exp.default, (x,))
+    late = graph.call_function(aten.cos.default, (needed,), name="cos")
+    second = graph.call_function(aten.sin.default, (late,))
+    graph.output((reader, second))
+    both = Binding(leaves={"a": x, "b": late})
+    assert find_place(both, [first, second]) == Place(reader, (needed, late))
+    with graph.inserting_before(late):
+        graph.call_function(aten.relu_.default, (x,))
+    after = "cos, which it needs, comes after a reader of its result and"
+    assert find_place(both, [first, second]) == f"{after} a write"
+    late.target = aten.bernoulli.default
+    assert find_place(both, [first, second]) == f"{after} has an effect"
+
+
+def _partly_turned(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    t, half = x[..., :4], 2
+    t = t * c + torch.cat((-t[..., half:], t[..., :half]), -1) * s
+    return torch.cat((t, x[..., 4:]), -1)
+
+
+def _one_after_the_other(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+    return tuple(_partly_turned(x, c, s) for x in (q, k))
+
+
+def _used_before_k_is_made(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+    q = _partly_turned(x.exp(), c, s).neg()
+    return q, _partly_turned(y.exp(), c, s)
+
+
+@pytest.mark.parametrize("program", [_one_after_the_other, _used_before_k_is_made])
+def test_recognition_does_not_depend_on_the_order_of_statements(
+    program: Callable[..., tuple[Tensor, ...]],
+) -> None:
+    """q is turned and used before k is even sliced: one rope for both all the same."""
+    args = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8), torch.randn(1, 3, 4), torch.randn(1, 3, 4)
+    after, watch = rewritten(canonical(program, *args), RULES)
+    after.graph.lint()
+    assert vocabulary(after) == ["rope"], watch.refusals
+    for have, want in zip(after(*args), program(*args), strict=True):
+        torch.testing.assert_close(have, want)
+
+
+def test_a_rope_of_a_rope_stays_a_chain() -> None:
+    """The second rope reads the first one's result: they are no pair, and the reason says so."""
+
+    def program(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+        return _partly_turned(_partly_turned(x, c, s).exp(), c, s)
+
+    args = torch.randn(2, 4, 3, 8), torch.randn(1, 3, 4), torch.randn(1, 3, 4)
+    after, watch = rewritten(canonical(program, *args), RULES)
+    assert not vocabulary(after)
+    assert any("which it needs, is computed from its own result" in r.reason for r in watch.refusals)
+    torch.testing.assert_close(after(*args)[0], program(*args))
 
 
 def test_rules_that_undo_each_other_are_an_error() -> None:

@@ -1,4 +1,4 @@
-"""Recognise: canonical ATen -> the vocabulary, by rules; then masks become arguments of attention."""
+"""Recognise: canonical ATen -> the vocabulary, by rules; scores that became no attention go back; masks become arguments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import fx
 
+from graphopt import graph as g
 from graphopt.passes.canonicalize import canonicalize
+from graphopt.passes.leftovers import dissolve_scores
 from graphopt.passes.masks import read_masks
 from graphopt.rewrite import Rewriter
 
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 class Recognise:
     """softmax(q @ k^T * s + mask) @ v -> attention(q, k, v, s, causal=…), and so on for each rule.
 
-    Rules run to a fixpoint; of two matches of which one contains the other, the larger is taken.
+    Rules run to a fixpoint; of two matches of which one contains the other, the larger is taken. What the
+    rules use half-way (`attention_scores`) is not in the result.
     """
 
     name: ClassVar[str] = "recognise"
@@ -33,5 +36,7 @@ class Recognise:
         rewriter = Rewriter(gm, ctx.rules, canonicalize, tuple(ctx.observers), ctx.deny, ctx.fuel)
         rewriter.run()
         ctx.fuel = rewriter.fuel
+        if dissolve_scores(gm, ctx.observers):
+            g.eliminate_dead_code(gm.graph)  # a negation of a mask that is filled again
         read_masks(gm, ctx.observers, ctx.deny)
         gm.recompile()

@@ -179,6 +179,16 @@ def _swap(node: fx.Node) -> None:
     node.args = (q, v, k, *rest)
 
 
+def _placed(g: fx.Graph) -> list[fx.Node]:
+    return [n for n in _calls("cache_update")(g) if graph.arg(n, "position") is not None]
+
+
+def _shift(node: fx.Node) -> None:
+    """A new token's key or value is written one row too far."""
+    position = graph.arg(node, "position")
+    _set(node, "position", _insert(node, aten.add.Tensor, position, position, 1))
+
+
 _NORMS = ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "aten.layer_norm", "aten.rms_norm")
 
 
@@ -240,6 +250,7 @@ FAULTS = (
     Fault("window off by one", _windowed, _widen),
     Fault("padding dropped", _padded, lambda node: _set(node, "key_padding", None)),
     Fault("rope sign", _rotated, _turn_back),
+    Fault("cache position", _placed, _shift),
     Fault("k and v swapped", _swappable, _swap),
     Fault("eps", _normed, _thicken),
     Fault("dropped residual", _residuals, _drop),

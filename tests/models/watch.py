@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 ADDS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
 ACTIVATIONS = ("gelu", "silu", "relu")  # in the class's name; a pooler's tanh is no MLP
+LINEARS = ("Linear", "Conv1D")  # Conv1D: GPT-2's linear, its weight transposed
 
 # What a report's counts are called here: several ops of the vocabulary are one thing of the model.
 OPS_OF: Mapping[str, tuple[str, ...]] = {
@@ -24,6 +25,7 @@ OPS_OF: Mapping[str, tuple[str, ...]] = {
     "rope": ("rope",),
     "attention": ("attention", "attention_lse"),
     "mlp": ("gated_activation", "activation"),
+    "linear": ("linear", "linear_epilogue"),
 }
 
 
@@ -72,6 +74,10 @@ class Seen(TorchFunctionMode):
         """A forward pre-hook of activation functions."""
         self.counts["mlp"] += 1
 
+    def linear(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """A forward pre-hook of linear layers."""
+        self.counts["linear"] += 1
+
     def rope(self, apply: Callable[..., object], *args: object, **kwargs: object) -> object:
         """Stands for a modeling file's function that rotates q and k."""
         self.counts["rope"] += 1
@@ -106,7 +112,7 @@ def is_norm(module: nn.Module) -> bool:
 
 @contextmanager
 def watching(model: nn.Module) -> Iterator[Seen]:
-    """Count norms, ropes, attentions and MLP activations of the eager calls of a model inside the block."""
+    """Count norms, ropes, attentions, MLP activations and linears of the eager calls of a model inside the block."""
     seen = Seen()
     with ExitStack() as undo:
         files = {sys.modules[type(m).__module__] for m in model.modules()}
@@ -116,9 +122,13 @@ def watching(model: nn.Module) -> Iterator[Seen]:
                     mock.patch.object(file, "apply_rotary_pos_emb", functools.partial(seen.rope, apply))
                 )
         for module in model.modules():
-            hook = seen.norm if is_norm(module) else seen.mlp if _is_activation(module) else None
-            if hook is not None:
-                undo.callback(module.register_forward_pre_hook(hook).remove)
+            for is_kind, hook in (
+                (is_norm, seen.norm),
+                (_is_activation, seen.mlp),
+                (_is_linear, seen.linear),
+            ):
+                if is_kind(module):
+                    undo.callback(module.register_forward_pre_hook(hook).remove)
         undo.enter_context(seen)
         yield seen
 
@@ -128,8 +138,12 @@ def _is_activation(module: nn.Module) -> bool:
     return any(a in name for a in ACTIVATIONS) and not list(module.children())
 
 
+def _is_linear(module: nn.Module) -> bool:
+    return type(module).__name__ in LINEARS
+
+
 def expected_counts(model: nn.Module, **inputs: object) -> dict[str, int]:
-    """How many norms, norms of a sum, ropes, attentions and MLPs one call of the model has."""
+    """How many norms, norms of a sum, ropes, attentions, MLPs and linears one call of the model has."""
     with torch.no_grad(), watching(model) as seen:
         model(**inputs)
     return {name: seen.counts[name] for name in OPS_OF}
