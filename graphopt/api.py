@@ -76,5 +76,4 @@ def refresh(model: torch.nn.Module | None = None) -> None:
     Args:
         model: whose weights changed; None for all models.
     """
-    del model  # every entry is dropped: preparing is cheap, and a stale weight is silent
-    backend.STORE.refresh()
+    backend.STORE.refresh(None if model is None else (*model.parameters(), *model.buffers()))

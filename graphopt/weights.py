@@ -9,7 +9,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -110,11 +110,14 @@ class WeightStore:
         for key in stale:
             self._entries.pop(key, None)
 
-    def refresh(self) -> None:
-        """Forget everything: for weights written in a way that leaves no trace (`p.data`, numpy)."""
+    def refresh(self, sources: Iterable[torch.Tensor] | None = None) -> None:
+        """Forget what was made of these tensors, or all: for writes that leave no trace (`p.data`, numpy)."""
+        changed = None if sources is None else set(map(id, sources))
         with self._lock:
             self._epoch += 1
-            self._entries.clear()
+            for key in list(self._entries):
+                if changed is None or not changed.isdisjoint(key[1]):
+                    self._entries.pop(key, None)
             self._forget_sets()
 
     def _prepare(self, sources: tuple[torch.Tensor, ...], plan: PreparePlan) -> torch.Tensor:

@@ -110,6 +110,16 @@ def test_a_write_through_data_needs_refresh(store: WeightStore) -> None:
     check(prepared, sources)
 
 
+def test_refresh_of_some_weights_leaves_the_others(store: WeightStore) -> None:
+    prepared, mine, others = prepared_for(store), weights(), weights()
+    prepared(*mine)
+    kept = prepared(*others)[0]
+    mine[0].data.mul_(2)
+    store.refresh(mine)
+    check(prepared, mine)
+    assert prepared(*others)[0] is kept and store.prepared == 3
+
+
 def test_two_weight_sets_alternate_and_each_is_prepared_once(store: WeightStore) -> None:
     prepared, sets = prepared_for(store), [weights() for _ in range(3)]
     for sources in sets * 4:
