@@ -91,7 +91,7 @@ def from_dynamo(gm: fx.GraphModule, examples: Sequence[object]) -> Captured:
     mode, fakes = torch_private.backend_fakes(examples)
     sources = [torch_private.dynamo_source(n) for n in gm.graph.nodes if n.op == "placeholder"]
     traced = trace(lambda *values: Door(gm).run(*values), fakes, mode)
-    _name_weights(traced, [_weight_name(source) for source in sources])
+    _name_weights(traced, _distinct([_weight_name(source) for source in sources]))
     return Captured(
         traced, bind=lambda args, kwargs: list(args), unflatten=lambda outputs: outputs, mode=mode
     )
@@ -145,7 +145,7 @@ def _from_exported(program: torch.export.ExportedProgram, find: Find) -> Capture
 
     def run(*values: object) -> tuple[object, ...]:
         """The program with its mutations in place, where export has made them outputs."""
-        results: Sequence[object] = Door(program.graph_module).run(*values)
+        results: Sequence[object] = Door(program.graph_module).run(*values)  # type: ignore[assignment]  # a tuple
         for (kind, target), value in zip(kinds, results, strict=True):
             if kind.endswith("_MUTATION"):
                 values[places[target]].copy_(value)  # type: ignore[attr-defined]  # a tensor
@@ -209,22 +209,37 @@ def _flatten(
     return flat
 
 
+# Hops of a Dynamo source that are no part of a weight's dotted name.
+_HOPS = frozenset({"_modules", "_parameters", "_buffers", "__dict__", "_orig_mod"})
+
+
 def _weight_name(source: str) -> tuple[str, ...]:
-    """`L['self']._modules['fc']._parameters['weight']` -> ("fc.weight",); () for what is no parameter or
-    buffer.
+    """`L['self']._modules['fc']._parameters['weight']` -> ("fc.weight",), `G['a']._parameters['w']` -> ("a.w",);
+    () for what is no parameter or buffer.
     """
-    parts = re.findall(r"_modules\['([^']+)'\]|_(?:parameters|buffers)\['([^']+)'\]$", source)
-    if not parts or not parts[-1][1]:
+    if not re.search(r"\._(?:parameters|buffers)\['[^']+'\]$", source):
         return ()
-    path = [a or b for a, b in parts if (a or b) != "_orig_mod"]
-    return (".".join(path),)
+    words = [a or b or c for a, b, c in re.findall(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)", source)]
+    if source.startswith("L['self']"):
+        words = words[1:]
+    return (".".join(word for word in words if word not in _HOPS),)
+
+
+def _distinct(names: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The names, a repeated one numbered: Dynamo hands over each tensor once, so equal names are not one weight."""
+    seen: dict[tuple[str, ...], int] = {}
+    made = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        made.append((f"{name[0]}#{seen[name]}",) if name and seen[name] > 1 else name)
+    return made
 
 
 def _name_weights(gm: fx.GraphModule, names: Sequence[tuple[str, ...]]) -> None:
     """Mark the placeholders that are weights, with readable names; one that the graph writes is an input
     instead.
 
-    Tied weights are read from the first of their placeholders.
+    Equal names are one tensor (an exported program's tied weights): read from the first of the placeholders.
     """
     written = written_inputs(gm.graph)
     first: dict[tuple[str, ...], fx.Node] = {}

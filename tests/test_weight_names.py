@@ -1,0 +1,90 @@
+"""Weights of the Dynamo door: each tensor stays itself, whatever it is called and however it is reached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from graphopt import backend
+from graphopt.capture import _weight_name
+from tests.tolerances import close
+
+A, B = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
+
+
+class Listed(nn.Module):
+    """Layers in a plain list and a plain dict, and one that hides from `_modules`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ls = [nn.Linear(8, 8), nn.Linear(8, 8)]
+        self.by_name = {"x": nn.Linear(8, 8), "y": nn.Linear(8, 8)}
+        self.weight = nn.Parameter(torch.randn(8, 8))
+        object.__setattr__(self, "hidden", nn.Linear(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (*self.ls, *self.by_name.values(), self.hidden):
+            x = layer(x)
+        return x @ self.weight
+
+
+class Holder:
+    """No module, but holds two."""
+
+    def __init__(self) -> None:
+        self.enc, self.dec = nn.Linear(8, 8), nn.Linear(8, 8)
+
+
+LISTED, HOLDER = Listed(), Holder()
+PROGRAMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "two globals": lambda x: B(A(x)),
+    "lists and dicts": LISTED,
+    "default arguments": lambda x, m=A, n=B: n(m(x)),
+    "a plain holder": lambda x: HOLDER.dec(HOLDER.enc(x)),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_weights_of_one_name_stay_apart(name: str) -> None:
+    torch.compiler.reset()
+    program, x = PROGRAMS[name], torch.randn(3, 8)
+    with torch.no_grad():
+        compiled = torch.compile(program, backend="graphopt", options={"strict": True})
+        close(compiled(x), program(x), torch.float32)
+    assert backend.reports()[-1].fallback is None
+
+
+def test_a_real_model_that_reaches_modules_through_dict_is_right() -> None:
+    """Swin's second norm took the first one's weights when both were named alike."""
+    from transformers import SwinConfig, SwinModel
+
+    torch.manual_seed(0)
+    config = SwinConfig(
+        image_size=16, patch_size=4, embed_dim=16, depths=[1], num_heads=[2], window_size=4
+    )
+    model = SwinModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+        pixels = torch.randn(2, 3, 16, 16)
+        compiled = torch.compile(model, backend="graphopt", options={"strict": True})
+        close(compiled(pixels).last_hidden_state, model(pixels).last_hidden_state, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("L['self']._modules['fc']._parameters['weight']", ("fc.weight",)),
+        ("L['self']._orig_mod._modules['a']._modules['0']._buffers['mean']", ("a.0.mean",)),
+        ("G['a']._modules['0']._parameters['weight']", ("a.0.weight",)),
+        ("L['self'].ls[1]._parameters['bias']", ("ls.1.bias",)),
+        ("L['self'].__dict__['norm']._parameters['weight']", ("norm.weight",)),
+        ("L['x']", ()),
+        ("L['self'].scale", ()),
+    ],
+)
+def test_names_say_the_whole_way(source: str, name: tuple[str, ...]) -> None:
+    assert _weight_name(source) == name
