@@ -62,7 +62,8 @@ def one_query(
     if kv_heads == heads:
         scores = torch.matmul(q.to(torch.float32) * scale, k.to(torch.float32).transpose(2, 3))
         return torch.matmul(_softmax(scores, bias).to(q.dtype), v)
-    if bias is not None and bias.dim() == 4 and bias.shape[1] != 1:
+    if bias is not None and bias.dim() > 2 and bias.shape[-3] != 1:
+        bias = bias[(None,) * (4 - bias.dim())]
         bias = bias.reshape(bias.shape[0], kv_heads, heads // kv_heads, bias.shape[3])
     folded = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
     out = F.scaled_dot_product_attention(folded, k, v, bias, 0.0, scale=scale)
@@ -219,6 +220,10 @@ PLAIN = (
     _case("bias", bias=Tensor((2, 1, 7, 7))),
     _case("bias of heads", heads=4, kv_heads=2, bias=Tensor((1, 4, 7, 7))),
     _case("bias of heads, one query", heads=4, kv_heads=2, queries=1, keys=9, bias=Tensor((1, 4, 1, 9))),
+    _case("bias of heads without a batch", heads=4, kv_heads=2, bias=Tensor((4, 1, 7))),
+    _case("bias of heads without a batch, one query", heads=4, kv_heads=2, queries=1, bias=Tensor((4, 1, 7))),
+    _case("bias of heads alone, one query", heads=4, kv_heads=1, queries=1, bias=Tensor((4, 1, 1))),
+    _case("bias of rows", heads=4, kv_heads=2, bias=Tensor((7, 7))),
     _case("bias of keys, one query", heads=4, kv_heads=2, queries=1, keys=9, bias=Tensor((2, 1, 1, 9))),
     *(_case(f"head_dim {d}", heads=2, kv_heads=2, queries=5, keys=6, dim=d) for d in (64, 80, 96, 128, 256)),
     *(_case(f"groups of {g}", heads=8, kv_heads=8 // g, queries=5, keys=6) for g in (1, 4, 8)),
