@@ -159,7 +159,9 @@ def _build(
     _note_recompile_limit(report, observers)
     for message in report.warnings:
         warnings.warn(message, stacklevel=3)
-    return Guarded(program.runnable(program.gm.forward), gm.forward, _writes(captured), options.strict, report)
+    return Guarded(
+        program.runnable(program.gm.forward), gm.forward, _writes(captured), options.strict, report
+    )
 
 
 def _without_us(

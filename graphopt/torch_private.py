@@ -16,14 +16,22 @@ from torch import fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 if TYPE_CHECKING:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 # Dynamo and the symbolic shapes (sympy) take 2 s to import: inside the functions that need them.
 
-__all__ = ["FakeTensor", "FakeTensorMode", "OpOverload", "TreeSpec", "tree_flatten", "tree_unflatten"]
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "OpOverload",
+    "TreeSpec",
+    "tree_flatten",
+    "tree_map",
+    "tree_unflatten",
+]
 
 
 def new_fake_mode(*, symbolic: bool = False) -> FakeTensorMode:
@@ -296,11 +304,11 @@ class OperatorLog:
     orders them as it likes; the view of a cast and the cast of a view are the same.
 
     Attributes:
-        under_autocast: the operators that ran where autocast could still cast inside their kernels.
+        ran: the operators. Autocast may cast in their kernels too, and no log shows that.
     """
 
     def __init__(self) -> None:
-        self.under_autocast: set[OpOverload] = set()
+        self.ran: set[OpOverload] = set()
         self._numbers: dict[object, int] = {}
 
     def of(self, call: Callable[..., object], values: Sequence[object]) -> tuple[object, ...]:
@@ -327,29 +335,23 @@ class OperatorLog:
 
         class Log(TorchDispatchMode):
             def __torch_dispatch__(
-                _, function: OpOverload, types: object, args: tuple = (), kwargs: dict | None = None
+                log, function: OpOverload, types: object, args: tuple = (), kwargs: dict | None = None
             ) -> object:
                 kwargs = kwargs or {}
                 if function.namespace == "prim":
                     return function(*args, **kwargs)
-                if has_kernel(function, "CompositeImplicitAutograd"):  # under inference mode they come whole
-                    with _:
-                        result = function.decompose(*args, **kwargs)
-                    if result is not NotImplemented:
-                        return result
-                if _autocast_reaches_in():
-                    self.under_autocast.add(function)
+                self.ran.add(function)
                 result = function(*args, **kwargs)
-                before = names.get(id(args[0])) if args else None
-                if function is torch.ops.aten._to_copy.default and before:
+                source, casts = (names.get(id(args[0])) if args else None) or (-1, ())
+                if function is torch.ops.aten._to_copy.default and source >= 0 and kwargs.keys() == {"dtype"}:
                     alive.append(result)
-                    names[id(result)] = before[0], (*before[1], result.dtype)  # type: ignore[union-attr]  # a tensor
+                    names[id(result)] = source, (*casts, kwargs["dtype"])
                     return result
-                moved = before is not None and function in _MOVES
+                moved = source >= 0 and function in _MOVES
                 flat, spec = tree_flatten((args[1:], kwargs) if moved else (args, kwargs))
-                key = str(function), str(spec), before[0] if moved else None, *(spell(v) for v in flat)
+                key = str(function), str(spec), source if moved else None, *(spell(v) for v in flat)
                 calls.append(self._number(key))
-                name(result, key, before[1] if moved else ())
+                name(result, key, casts if moved else ())
                 return result
 
         name(list(values), "given")
@@ -378,8 +380,3 @@ _MOVES = frozenset(
         ("slice", "Tensor"),
     )
 )
-
-
-def _autocast_reaches_in() -> bool:
-    key = torch._C.DispatchKey.AutocastCPU
-    return not torch._C._dispatch_tls_is_dispatch_key_excluded(key)

@@ -26,6 +26,7 @@ from graphopt.rule import T, rule
 from tests.block import MERGED, Block, agree, block, counted, example
 from tests.models import zoo
 from tests.models.watch import expected_counts, recognised_counts
+from tests.tolerances import close
 
 
 @pytest.fixture(autouse=True)
@@ -348,13 +349,12 @@ def test_weights_that_need_gradients_later_get_them() -> None:
 # ------------------------------------------------------------------------------------ out of scope, but right
 
 
-def test_ambient_autocast_runs_the_original() -> None:
+def test_ambient_autocast_casts_as_eager() -> None:
     model, x = block(), example()
     with torch.autocast("cpu", torch.bfloat16):
-        outcome = called(compiled(model, strict=False), x)
-        assert torch.equal(outcome.value, model(x)) and outcome.value.dtype == torch.float32
-    (warning,) = outcome.warnings
-    assert "autocast to torch.bfloat16" in warning and "model.to(dtype)" in warning
+        outcome = called(compiled(model), x)
+        torch.testing.assert_close(outcome.value, model(x), rtol=1.6e-2, atol=1e-2)  # bf16 steps at 1
+    assert outcome.value.dtype == torch.float32 and not outcome.warnings
     agree(compiled(model)(x), model(x))
 
 
@@ -421,7 +421,7 @@ def test_lengths_become_dynamic_by_themselves() -> None:
     for length in lengths:
         given = zoo.inputs(model, zoo.Case(length=length))
         logits = ours(**given, use_cache=False).logits
-        torch.testing.assert_close(logits, model(**given).logits, rtol=1e-4, atol=1e-5)
+        close(logits, model(**given).logits, torch.float32)
     assert len(backend.reports()) == 2, "fixed, then dynamic"
     expected = expected_counts(model, **zoo.inputs(model, zoo.Case()))
     assert [recognised_counts(r.counts) for r in backend.reports()] == [expected] * 2

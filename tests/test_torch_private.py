@@ -258,3 +258,34 @@ def test_importing_it_leaves_dynamo_out() -> None:
     code = "import sys, graphopt.torch_private; print({'torch._dynamo', 'sympy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_has_kernel() -> None:
+    assert p.has_kernel(aten.linear.default, "AutocastCPU") and p.has_kernel(aten.cat.default, "AutocastCPU")
+    assert not p.has_kernel(aten.add.Tensor, "AutocastCPU")
+    assert p.has_kernel(aten.einsum.default, "CompositeImplicitAutograd")
+    assert not p.has_kernel(aten.bmm.default, "CompositeImplicitAutograd")
+
+
+def test_operator_log() -> None:
+    """Equal for what computes the same; a cast may change places with a view, and with nothing else."""
+    log, mode = p.OperatorLog(), p.new_fake_mode()
+    x, y = p.faked([torch.randn(3, 3), torch.randn(3, 3)], mode)
+
+    def of(call) -> object:
+        with mode, torch.no_grad():
+            return log.of(call, (x, y))
+
+    half = torch.bfloat16
+    want = of(lambda x, y: x.to(half) @ y.to(half))
+    with torch.autocast("cpu", half, cache_enabled=False):
+        assert of(lambda x, y: x @ y) == want
+    assert log.ran == {aten._to_copy.default, aten.mm.default}
+    assert of(lambda x, y: x @ y) != want and of(lambda x, y: y.to(half) @ x.to(half)) != want
+    assert of(lambda x, y: x.to(torch.float16) @ y.to(half).half()) != want
+    moved = of(lambda x, y: x.t().to(half) + y)
+    assert moved == of(lambda x, y: x.to(half).t() + y) and moved != of(lambda x, y: x.t() + y)
+    assert of(lambda x, y: (x + y).to(half) * 2) != of(lambda x, y: (x.to(half) + y.to(half)) * 2)
+    assert of(lambda x, y: x.to(half).float() + y) != of(lambda x, y: x + y)
+    assert of(lambda x, y: x + 1) != of(lambda x, y: x + 2) and of(lambda x, y: x) != of(lambda x, y: y)
+    assert of(lambda x, y: (x, y)) != of(lambda x, y: (y, x))
