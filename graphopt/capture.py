@@ -91,7 +91,7 @@ def from_dynamo(gm: fx.GraphModule, examples: Sequence[object]) -> Captured:
     mode, fakes = torch_private.backend_fakes(examples)
     sources = [torch_private.dynamo_source(n) for n in gm.graph.nodes if n.op == "placeholder"]
     traced = trace(lambda *values: Door(gm).run(*values), fakes, mode)
-    _name_weights(traced, _distinct([_weight_name(source) for source in sources]))
+    _name_weights(traced, _weight_names(sources))
     return Captured(
         traced, bind=lambda args, kwargs: list(args), unflatten=lambda outputs: outputs, mode=mode
     )
@@ -213,26 +213,29 @@ def _flatten(
 _HOPS = frozenset({"_modules", "_parameters", "_buffers", "__dict__", "_orig_mod"})
 
 
-def _weight_name(source: str) -> tuple[str, ...]:
-    """`L['self']._modules['fc']._parameters['weight']` -> ("fc.weight",), `G['a']._parameters['w']` -> ("a.w",);
-    () for what is no parameter or buffer.
+def _weight_names(sources: Sequence[str]) -> list[tuple[str, ...]]:
+    """`L['self']._modules['fc']._parameters['weight']` -> ("fc.weight",); () for what is no parameter or buffer.
+
+    The root is part of a name where weights come from several: `G['a']…`, `G['b']…` -> "a.weight", "b.weight".
+    A name that still occurs twice is numbered: Dynamo hands over each tensor once, so equal names are two weights.
     """
+    ways = [_way(source) for source in sources]
+    shared = len({way[0] for way in ways if way}) == 1
+    seen: dict[str, int] = {}
+    names: list[tuple[str, ...]] = []
+    for way in ways:
+        name = ".".join(way[1:] if shared else way)
+        seen[name] = seen.get(name, 0) + 1
+        names.append(((f"{name}#{seen[name]}" if seen[name] > 1 else name),) if way else ())
+    return names
+
+
+def _way(source: str) -> tuple[str, ...]:
+    """The words of a parameter's or buffer's source, its root first; empty for any other source."""
     if not re.search(r"\._(?:parameters|buffers)\['[^']+'\]$", source):
         return ()
     words = [a or b or c for a, b, c in re.findall(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)", source)]
-    if source.startswith("L['self']"):
-        words = words[1:]
-    return (".".join(word for word in words if word not in _HOPS),)
-
-
-def _distinct(names: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The names, a repeated one numbered: Dynamo hands over each tensor once, so equal names are not one weight."""
-    seen: dict[tuple[str, ...], int] = {}
-    made = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        made.append((f"{name[0]}#{seen[name]}",) if name and seen[name] > 1 else name)
-    return made
+    return tuple(word for word in words if word not in _HOPS)
 
 
 def _name_weights(gm: fx.GraphModule, names: Sequence[tuple[str, ...]]) -> None:

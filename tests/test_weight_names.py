@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from graphopt import backend
-from graphopt.capture import _weight_name
+from graphopt.capture import _weight_names
 from tests.tolerances import close
 
 A, B = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
@@ -62,9 +62,7 @@ def test_a_real_model_that_reaches_modules_through_dict_is_right() -> None:
     from transformers import SwinConfig, SwinModel
 
     torch.manual_seed(0)
-    config = SwinConfig(
-        image_size=16, patch_size=4, embed_dim=16, depths=[1], num_heads=[2], window_size=4
-    )
+    config = SwinConfig(image_size=16, patch_size=4, embed_dim=16, depths=[1], num_heads=[2], window_size=4)
     model = SwinModel(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -74,17 +72,19 @@ def test_a_real_model_that_reaches_modules_through_dict_is_right() -> None:
         close(compiled(pixels).last_hidden_state, model(pixels).last_hidden_state, torch.float32)
 
 
+FC = "._modules['fc']._parameters['weight']"
+
+
 @pytest.mark.parametrize(
-    ("source", "name"),
+    ("sources", "names"),
     [
-        ("L['self']._modules['fc']._parameters['weight']", ("fc.weight",)),
-        ("L['self']._orig_mod._modules['a']._modules['0']._buffers['mean']", ("a.0.mean",)),
-        ("G['a']._modules['0']._parameters['weight']", ("a.0.weight",)),
-        ("L['self'].ls[1]._parameters['bias']", ("ls.1.bias",)),
-        ("L['self'].__dict__['norm']._parameters['weight']", ("norm.weight",)),
-        ("L['x']", ()),
-        ("L['self'].scale", ()),
+        ([f"L['self']{FC}", "L['x']", "L['self'].scale"], [("fc.weight",), (), ()]),
+        ([f"L['fn']._orig_mod{FC}"], [("fc.weight",)]),
+        ([f"G['a']{FC}", f"G['b']{FC}"], [("a.fc.weight",), ("b.fc.weight",)]),
+        (["L['self'].ls[1]._parameters['bias']"], [("ls.1.bias",)]),
+        (["L['self'].__dict__['norm']._buffers['mean']"], [("norm.mean",)]),
+        ([f"L['self']{FC}", f"L['self'].__dict__['fc']{FC[13:]}"], [("fc.weight",), ("fc.weight#2",)]),
     ],
 )
-def test_names_say_the_whole_way(source: str, name: tuple[str, ...]) -> None:
-    assert _weight_name(source) == name
+def test_names_say_the_whole_way(sources: list[str], names: list[tuple[str, ...]]) -> None:
+    assert _weight_names(sources) == names
