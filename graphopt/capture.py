@@ -214,10 +214,11 @@ _HOPS = frozenset({"_modules", "_parameters", "_buffers", "__dict__", "_orig_mod
 
 
 def _weight_names(sources: Sequence[str]) -> list[tuple[str, ...]]:
-    """`L['self']._modules['fc']._parameters['weight']` -> ("fc.weight",); () for what is no parameter or buffer.
+    """`L['self']._modules['fc']._parameters['weight']` -> ("fc.weight",); () for what is no weight.
 
-    The root is part of a name where weights come from several: `G['a']…`, `G['b']…` -> "a.weight", "b.weight".
-    A name that still occurs twice is numbered: Dynamo hands over each tensor once, so equal names are two weights.
+    The root is part of a name where weights come from several: `G['a']…`, `G['b']…` -> "a.weight",
+    "b.weight". A name that still occurs twice is numbered: Dynamo hands over each tensor once, so equal names
+    are two weights.
     """
     ways = [_way(source) for source in sources]
     shared = len({way[0] for way in ways if way}) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -368,10 +368,3 @@ def fingerprint(graph: fx.Graph) -> str:
         target = node.target if node.op == "call_function" else ""
         digest.update(f"{node.op}|{target}|{arguments}|{about}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def users_outside(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """For each node of a set that is read from outside of it, the outside readers."""
-    inside = set(nodes)
-    found = {n: [u for u in n.users if u not in inside] for n in inside}
-    return {n: readers for n, readers in found.items() if readers}

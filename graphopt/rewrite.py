@@ -80,9 +80,9 @@ class Rewriter:
         Raises:
             RuntimeError: the rules still change the graph after SWEEP_BOUND sweeps.
         """
-        self.index = self.candidates()
         applied = 0
         for _ in range(SWEEP_BOUND):
+            self.index = self.candidates()  # a replacement may bring the operator that another rule needs
             changed = self.sweep()
             applied += changed
             if not changed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal, TypeAlias, TypeVar
 
@@ -18,6 +19,7 @@ Goal: TypeAlias = "tuple[object, object]"  # (what the pattern has, what the mod
 Goals: TypeAlias = "tuple[Goal, Goals] | None"
 K = TypeVar("K")
 V = TypeVar("V")
+ROUNDED = 4e-16  # 1 / sqrt(2) and sqrt(1 / 2) differ in the last bit, 1.6e-16: one number, rounded twice
 
 
 class Unifier:
@@ -116,6 +118,8 @@ class Unifier:
         if type(want) is not type(have) and not (isinstance(want, float) and isinstance(have, int)):
             if not (isinstance(want, int) and isinstance(have, float)) or isinstance(want, bool):
                 return self.stop(want, have, "")
+        if isinstance(want, float) and isinstance(have, float) and math.isclose(want, have, rel_tol=ROUNDED):
+            return True
         return want == have or self.stop(want, have, "")
 
     def open_list(self, want: tuple, have: object, goals: Goals) -> Goals | Literal[False]:

@@ -52,8 +52,3 @@ def choose(
             return kernel.name, kernel.launch, tuple(reasons)
         reasons.append(f"{kernel.name}: {reason}")
     return REFERENCE, reference, tuple(reasons)
-
-
-def kernel_of(node: fx.Node) -> str:
-    """The name of the kernel that was chosen for a node; empty for what is no op of ours."""
-    return node.meta.get("kernel", "")

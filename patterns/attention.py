@@ -114,6 +114,12 @@ def repeated_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ops.attention(q, repeated_k, repeated_v, 1.0)
 
 
+def interleaved_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each kv head repeated by repeat_interleave."""
+    groups = q.shape[1] // k.shape[1]
+    return ops.attention(q, k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1.0)
+
+
 def _feeds_softmax(binding: Binding) -> str | None:
     """A product with a transpose is attention only if a softmax follows."""
     readers = [
@@ -150,7 +156,9 @@ def _low(binding: Binding) -> str | None:
     fill = binding.number("fill")
     if not isinstance(fill, (int, float)):
         return f"the fill {fill} is known at run time only"
-    return None if fill <= LOW and fill != float("-inf") else f"the fill {fill} is not in (-inf, {LOW}]"
+    if fill > LOW:
+        return f"the fill {fill} > {LOW}: a score may be as low"
+    return "rows without a key are nan" if fill == float("-inf") else _representable(binding)
 
 
 def _representable(binding: Binding) -> str | None:
@@ -286,12 +294,15 @@ RULES = (
     ),
     rule(softmax_attention, _whole, _QKV, carry=SCORES),
     rule(upcast_softmax_attention, _whole, _QKV, carry=SCORES),
-    rule(
-        repeated_heads,
-        _whole,
-        carry=ALL,
-        q=T("b hk*g s d"),
-        k=T("b hk t d"),
-        v=T("b hk t e"),
+    *(
+        rule(
+            pattern,
+            _whole,
+            carry=ALL,
+            q=T("b hk*g s d"),
+            k=T("b hk t d"),
+            v=T("b hk t e"),
+        )
+        for pattern in (repeated_heads, interleaved_heads)
     ),
 )

@@ -42,22 +42,47 @@ def bare_rms_norm(x: Tensor, eps: float) -> Tensor:
     return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def hand_layer_norm_var(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def divided_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """weight * (x_fp32 / sqrt(mean(x_fp32^2) + eps)).to(x.dtype), or without a weight."""
+    h = x.float()
+    h = (h / torch.sqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return h if weight is None else weight * h
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x * weight + bias, each where there is one."""
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def hand_layer_norm_var(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias, with torch's biased variance."""
     centred = x - x.mean(-1, keepdim=True)
-    return centred / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + eps) * weight + bias
+    return _affine(centred / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + eps), weight, bias)
 
 
-def hand_layer_norm_pow(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def hand_layer_norm_var_rsqrt(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) * rsqrt(var + eps) * weight + bias"""
+    centred = x - x.mean(-1, keepdim=True)
+    return _affine(centred * torch.rsqrt(x.var(-1, keepdim=True, unbiased=False) + eps), weight, bias)
+
+
+def hand_layer_norm_pow(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias"""
     centred = x - x.mean(-1, keepdim=True)
-    return centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + eps) * weight + bias
+    return _affine(centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + eps), weight, bias)
 
 
-def hand_layer_norm_rsqrt(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def hand_layer_norm_rsqrt(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) * rsqrt(mean((x - mean)^2) + eps) * weight + bias"""
     centred = x - x.mean(-1, keepdim=True)
-    return centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps) * weight + bias
+    return _affine(centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps), weight, bias)
+
+
+def cohere_layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(weight_fp32 * layer_norm(x_fp32)).to(x.dtype)"""
+    h = x.float()
+    return (weight.float() * hand_layer_norm_rsqrt(h, None, None, eps)).to(x.dtype)
 
 
 def residual_rms_norm(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +101,40 @@ RMS = ("weight", "eps", "weight_offset", "cast_before_scale")
 LAYER = ("weight", "bias", "eps")
 _EPS = Float(1e-5)
 
+_HAND_LAYER_NORMS = (
+    hand_layer_norm_var,
+    hand_layer_norm_var_rsqrt,
+    hand_layer_norm_pow,
+    hand_layer_norm_rsqrt,
+)
+
 RULES = (
+    # Before the RMS norms: a layer norm is an RMS norm of the centred row.
+    rule(
+        cohere_layer_norm,
+        lambda x, weight, eps: ops.layer_norm(x, weight, None, eps),
+        x=T("... n"),
+        weight=T("n", "W"),
+        eps=_EPS,
+    ),
+    *(
+        rule(
+            hand_written,
+            lambda x, weight, bias, eps: ops.layer_norm(x, weight, bias, eps),
+            x=T("... n"),
+            weight=T("n", optional=True),
+            bias=T("n", optional=True),
+            eps=_EPS,
+        )
+        for hand_written in _HAND_LAYER_NORMS
+    ),
+    rule(
+        divided_rms_norm,
+        lambda x, weight, eps: ops.rms_norm(x, weight, eps, 0.0, True),
+        x=T("... n"),
+        weight=T("n", "W", optional=True),
+        eps=_EPS,
+    ),
     rule(
         llama_rms_norm,
         lambda x, weight, eps: ops.rms_norm(x, weight, eps, 0.0, True),
@@ -107,17 +165,6 @@ RULES = (
         eps=_EPS,
     ),
     rule(bare_rms_norm, lambda x, eps: ops.rms_norm(x, None, eps), x=T("... n"), eps=_EPS),
-    *(
-        rule(
-            hand_written,
-            lambda x, weight, bias, eps: ops.layer_norm(x, weight, bias, eps),
-            x=T("... n"),
-            weight=T("n"),
-            bias=T("n"),
-            eps=_EPS,
-        )
-        for hand_written in (hand_layer_norm_var, hand_layer_norm_pow, hand_layer_norm_rsqrt)
-    ),
     rule(
         residual_rms_norm,
         lambda x, residual: ops.add_rms_norm(x, residual, None, 1e-6),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,15 +22,32 @@ def _pair_turned(x: Tensor) -> Tensor:
 
 
 def llama_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """x * cos + cat(-x[half:], x[:half]) * sin for q and k; cos and sin [batch or 1, length, head_dim]"""
+    """x * cos + cat(-x[half:], x[:half]) * sin for q and k; cos and sin [batch or 1, length, head_dim]
+
+    Where cos and sin are wider than q, the result is cast back (OLMo 2).
+    """
     c, s = cos.unsqueeze(1), sin.unsqueeze(1)
-    return q * c + _half_turned(q) * s, k * c + _half_turned(k) * s
+    turned_q, turned_k = q * c + _half_turned(q) * s, k * c + _half_turned(k) * s
+    return turned_q.to(q.dtype), turned_k.to(k.dtype)
+
+
+def paired_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Neighbouring pairs are rotated; cos and sin come with each angle twice."""
+    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+    turned_q, turned_k = q * c + _pair_turned(q) * s, k * c + _pair_turned(k) * s
+    return turned_q.to(q.dtype), turned_k.to(k.dtype)
+
+
+def upcast_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As Llama's, in fp32 whatever q is."""
+    turned_q, turned_k = llama_rope(q.float(), k.float(), cos, sin)
+    return turned_q.to(q.dtype), turned_k.to(k.dtype)
 
 
 def cohere_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Neighbouring pairs are rotated; cos and sin come with each angle twice."""
-    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
-    return q * c + _pair_turned(q) * s, k * c + _pair_turned(k) * s
+    """Neighbouring pairs, in fp32 whatever q is; cos and sin are in the model's dtype."""
+    turned_q, turned_k = paired_rope(q.float(), k.float(), cos, sin)
+    return turned_q.to(q.dtype), turned_k.to(k.dtype)
 
 
 def partial_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary: int) -> tuple[Tensor, Tensor]:
@@ -44,21 +63,25 @@ def _even(binding: Binding) -> str | None:
     return None if even else f"head_dim {size} is {'odd' if even is False else 'not known to be even'}"
 
 
-_HEADS = {"q": T("b h s d"), "k": T("b hk s d"), "cos": T("b|1 s d"), "sin": T("b|1 s d")}
+_TABLE = T("b|1 s d", "C")
+_HEADS = {"q": T("b h s d"), "k": T("b hk s d"), "cos": _TABLE, "sin": _TABLE}
+
+
+def _whole(interleaved: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    return lambda q, k, cos, sin: ops.rope(q, k, cos, sin, cos.shape[-1], interleaved)
+
 
 RULES = (
-    rule(
-        llama_rope, lambda q, k, cos, sin: ops.rope(q, k, cos, sin, cos.shape[-1], False), _HEADS, guard=_even
-    ),
-    rule(cohere_rope, lambda q, k, cos, sin: ops.rope(q, k, cos, sin, cos.shape[-1], True), _HEADS),
+    *(rule(pattern, _whole(False), _HEADS, guard=_even) for pattern in (llama_rope, upcast_rope)),
+    *(rule(pattern, _whole(True), _HEADS) for pattern in (paired_rope, cohere_rope)),
     rule(
         partial_rope,
         lambda q, k, cos, sin, rotary: ops.rope(q, k, cos, sin, rotary),
         carry=("interleaved",),
         q=T("b h s d"),
         k=T("b hk s d"),
-        cos=T("b|1 s rotary"),
-        sin=T("b|1 s rotary"),
+        cos=T("b|1 s rotary", "C"),
+        sin=T("b|1 s rotary", "C"),
         rotary=Int(6),
     ),
 )

@@ -108,7 +108,7 @@ def literal(name: str) -> Callable[[fx.Node], Mapping[str, object] | str]:
     """where(m, x, full([], c)) -> where(m, x, c); masked_fill(x, m, full([], c)) -> masked_fill(x, m, c)"""
 
     def arguments(node: fx.Node) -> Mapping[str, object] | str:
-        given = {n: g.arg(node, n) for n in g.argument_names(node.target)}  # type: ignore[arg-type]  # a call's target is callable
+        given = {n: g.arg(node, n) for n in g.argument_names(node.target)}
         full, x = given[name], given["self"]
         if not g.is_call(full, *FULL):
             return f"{name} is no constant"
@@ -118,6 +118,9 @@ def literal(name: str) -> Callable[[fx.Node], Mapping[str, object] | str]:
             return f"{name} decides the dtype, or is known at run time only"
         if not g.same_shape(g.shape(x), g.shape(node)):
             return f"{name} decides the shape"
+        kept = torch.tensor(number, dtype=g.dtype(full), device="cpu").item()
+        if g.dtype(full) != g.dtype(x) and kept != number:
+            return f"{name} is {number} as {g.dtype(full)}: {kept}"
         return {**given, name: number}
 
     return arguments

@@ -1,4 +1,4 @@
-"""What every test shares: Before / After of rules; `gpu` tests are skipped where there is no device."""
+"""What every test shares: Before / After of rules, refusals by name, modes left as they were."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -14,19 +14,9 @@ from tests.rule_cases import EQUATIONS
 from tests.tolerances import close
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `@pytest.mark.gpu` without a GPU; everything else must run anywhere."""
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a GPU")
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
-
-
 @pytest.fixture(autouse=True)
 def modes_are_left_as_they_were() -> Iterator[None]:
-    """A test (or what it calls) that leaves gradients off changes the meaning of those after it: it fails itself."""
+    """A test that leaves gradients off changes the meaning of those after it: it fails itself."""
     before = torch.is_grad_enabled()
     yield
     after = torch.is_grad_enabled()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx
 
-from graphopt import torch_private
+from graphopt import journal, torch_private
 from graphopt.journal import Journal, Log, from_environment, sentence
 from graphopt.observe import (
     Event,
@@ -23,7 +23,6 @@ from graphopt.observe import (
     emit,
 )
 from graphopt.rewrite import Match, Refusal
-from graphopt import journal
 from tests.sketch import Sketch
 
 aten = torch.ops.aten

@@ -12,6 +12,7 @@ from graphopt.accuracy import judge
 from graphopt.kernel import Case, Kernel, Tensor
 from graphopt.kernels import attention, cache, layer_norm, linear, mlp, rms_norm, rope
 from tests.graphs import node_of, node_of_case
+from tests.tolerances import close
 
 KERNELS: tuple[Kernel, ...] = (
     *rms_norm.KERNELS,
@@ -176,7 +177,7 @@ def test_a_row_that_the_bias_hides_gives_zeros_or_the_mean(kernel: Kernel, dtype
         bias = torch.zeros(2, 1, queries, 6, dtype=dtype)
         bias[0] = hidden
         found = kernel.launch(q, k, v, 0.25, bias=bias)
-        torch.testing.assert_close(found[0, :, 0], expected, atol=1e-2 if dtype == BF16 else 1e-5, rtol=1e-2)  # type: ignore[index]
+        close(found[0, :, 0], expected, dtype)  # type: ignore[index]  # a tensor
         assert not torch.isnan(found).any()  # type: ignore[arg-type]  # a tensor
 
 

@@ -135,3 +135,51 @@ def test_a_boolean_mask_stays_boolean(assert_rewrites: Rewrites) -> None:
     hidden = torch.rand(2, 1, 5, 5, generator=torch.Generator().manual_seed(1)) < 0.4
     hidden[0, 0, 2] = True
     assert_rewrites(before, after, rules=RULES, args=(*qkv(d=8), hidden))
+
+
+def test_a_constant_of_nine_digits_is_refused_in_fp64(refusal_of: RefusalOf) -> None:
+    """Bloom's GELU is torch's up to 1e-9."""
+    args = (rand(2, 8, dtype=torch.float64),)
+    refusal = refusal_of("bloom_gelu", NAMED["bloom_gelu"].pattern, args)
+    assert refusal.reason == "0.79788456 is not sqrt(2 / pi) in fp64"
+
+
+@pytest.mark.parametrize("root", [0.7071067811865475, 0.7071067811865476, 1 / 2**0.5, 0.5**0.5])
+def test_a_constant_may_be_rounded_either_way(root: float) -> None:
+    """1 / sqrt(2) and sqrt(1 / 2) are two neighbouring floats; 0.70710678 is another number."""
+    gelu = lambda root: lambda x: x * 0.5 * (1.0 + torch.erf(x * root))
+    after, _ = rewritten(canonical(gelu(root), rand(2, 8)), RULES)
+    assert vocabulary(after) == ["activation"]
+    assert vocabulary(rewritten(canonical(gelu(0.70710678), rand(2, 8)), RULES)[0]) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_coheres_rope_and_norm(dtype: torch.dtype) -> None:
+    """transformers' Cohere computes both in fp32 from tables and weights in the model's dtype."""
+    cohere = pytest.importorskip("transformers.models.cohere.modeling_cohere")
+    args = rand(2, 4, 3, 8, dtype=dtype), rand(2, 2, 3, 8, dtype=dtype), *(rand(1, 3, 8, dtype=dtype),) * 2
+    after, watch = rewritten(canonical(cohere.apply_rotary_pos_emb, *args), RULES)
+    assert [m.rule for m in watch.matches] in (["paired_rope"], ["cohere_rope"]), watch.refusals
+    for have, want in zip(after(*args), cohere.apply_rotary_pos_emb(*args), strict=True):
+        torch.testing.assert_close(have, want)
+    norm = cohere.CohereLayerNorm(8).to(dtype)
+    after, watch = rewritten(canonical(lambda x, w: _norm(norm, x, w), args[0], rand(8, dtype=dtype)), RULES)
+    assert vocabulary(after) == ["layer_norm"], watch.refusals
+
+
+def _norm(module: torch.nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """A module on another weight."""
+    found = torch.func.functional_call(module, {"weight": weight}, (x,))
+    assert isinstance(found, Tensor)
+    return found
+
+
+def test_a_layer_norm_without_weights_is_no_rms_norm(assert_rewrites: Rewrites) -> None:
+    """The centred row's RMS norm is a layer norm of the row itself."""
+
+    def before(x: Tensor) -> Tensor:
+        c = x - x.mean(-1, keepdim=True)
+        return c * torch.rsqrt(c.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+    after = lambda x: ops.layer_norm(x, None, None, 1e-5)
+    assert_rewrites(before, after, rules=RULES, args=(rand(2, 3, 8),))

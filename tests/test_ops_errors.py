@@ -79,7 +79,9 @@ ERRORS: dict[str, Callable[[], object]] = {
     "cache_update: size of position is 2; it must be 1": updates(E(2, 4, 1, 8), E(2, dtype=INT)),
     "cache_update: position is torch.float32; it must be int64 or int32": updates(E(2, 4, 1, 8), E(1)),
     "all_reduce: axis '0 1' is no name of a mesh axis": lambda: ops.all_reduce(E(2), "0 1"),
-    "all_reduce: reduction 'mean' is not one of sum, avg, max, min": lambda: ops.all_reduce(E(2), "tp", "mean"),
+    "all_reduce: reduction 'mean' is not one of sum, avg, max, min": lambda: ops.all_reduce(
+        E(2), "tp", "mean"
+    ),
     "all_gather: dim 2 is outside of a tensor with 2 dimensions": lambda: ops.all_gather(E(2, 3), "tp", 2),
     "reduce_scatter: dim -2 is outside of a tensor with 1 dim": lambda: ops.reduce_scatter(E(2), "tp", -2),
     "attention: v is torch.int64; it must be floating": attends(v=E(2, 2, 5, 6, dtype=INT)),

@@ -66,7 +66,7 @@ def as_number(value: Value) -> Value:
 
 
 def cast(value: Value, dtype: torch.dtype, space: Space) -> Value:
-    """A value as another dtype holds it."""
+    """A value as another dtype holds it. Raises Unreadable for a float leaf that the dtype rounds."""
     if dtype == torch.bool:
         return as_truth(value, space)
     if isinstance(value, Entry) and not is_truth(value):
@@ -122,7 +122,7 @@ def comparison(test: Callable[[Value, Value, Space], Truth]) -> Rule:
 
 
 def logic(join: Callable[[Truth, Truth], Truth], bools_only: bool = False) -> Rule:
-    """The rule of a logical operator; `bitwise_and` of integers is another thing."""
+    """The rule of a logical operator; of the bits of integers it raises Unreadable."""
 
     def rule(reading: Reading, node: fx.Node, index: Index) -> Value:
         if bools_only and g.dtype(node) != torch.bool:
@@ -139,7 +139,7 @@ def exclusive(x: Truth, y: Truth) -> Truth:
 
 
 def logical_not(reading: Reading, node: fx.Node, index: Index) -> Value:
-    """not x."""
+    """not x. Raises Unreadable for integers, whose bits are another thing."""
     if g.dtype(node) != torch.bool:
         raise Unreadable("bits of integers")
     return negate(as_truth(reading.operand(node.args[0], index), reading.space))
@@ -227,7 +227,7 @@ def absolute(reading: Reading, node: fx.Node, index: Index) -> Value:
 
 
 def floor_divide(reading: Reading, node: fx.Node, index: Index) -> Value:
-    """x // c where the sizes say that it is 0: a chunk longer than the sequence."""
+    """x // c where the sizes say that it is 0: a chunk longer than the sequence. Else raises Unreadable."""
     if node.target == aten.div.Tensor_mode and g.arg(node, "rounding_mode") != "floor":
         raise Unreadable("division that is not floored")
     x, c = (integer(reading.operand(a, index)) for a in node.args[:2])

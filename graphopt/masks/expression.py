@@ -76,7 +76,10 @@ class Reading:
         return Number(element(node, index))
 
     def operand(self, argument: object, index: Index) -> Value:
-        """A pointwise operand at the output's index: a tensor broadcast to it, a size, or a literal."""
+        """A pointwise operand at the output's index: a tensor broadcast to it, a size, or a literal.
+
+        Raises Unreadable for anything else.
+        """
         if g.is_tensor(argument):
             assert isinstance(argument, fx.Node)
             return self.at(argument, index[len(index) - g.rank(argument) :])
@@ -99,7 +102,7 @@ def integer(value: Value) -> Expr:
 
 
 def size_expr(size: object) -> Expr:
-    """A size argument (int, SymInt or the node that holds one) as an expression."""
+    """A size argument (int, SymInt or the node that holds one) as an expression; else raises Unreadable."""
     number = g.number(size)
     if isinstance(number, (int, sympy.Expr)):
         return sympy.sympify(number)
@@ -110,6 +113,8 @@ def in_dtype(value: Value, dtype: torch.dtype) -> Value:
     """A numeric value as dtype holds it: literals are rounded, integers that may be inexact are refused.
 
     Indices are exact in fp32 up to 2^24; in bf16 only up to 256, so half dtypes carry literals alone.
+
+    Raises Unreadable for what is refused, and for a real number that a dtype of integers is to hold.
     """
     if isinstance(value, Choice):
         return by_case(lambda v: in_dtype(v, dtype), value)

@@ -229,7 +229,7 @@ def arguments(form: MaskForm, made: MutableMapping[MaskForm, MaskArguments] | No
 
 
 def graph_maker(form: MaskForm) -> Maker:
-    """A maker that appends calls behind the mask."""
+    """A maker that appends calls behind the mask. Its `size` raises Unreadable where no node has it."""
     graph, anchor = form.mask.graph, form.mask
     if anchor.op == "placeholder":
         anchor = g.placeholders(graph)[-1]

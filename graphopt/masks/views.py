@@ -38,7 +38,7 @@ def arange(reading: Reading, node: fx.Node, index: Index) -> Value:
 
 
 def constant(reading: Reading, node: fx.Node, index: Index) -> Value:
-    """A constant of one element that the graph holds; longer ones are leaves."""
+    """A constant of one element that the graph holds. Raises Unreadable for longer ones, which are leaves."""
     owner = node.graph.owning_module
     value = getattr(owner, str(node.target), None) if owner is not None else None
     if type(value) is not torch.Tensor or value.numel() != 1 or value.is_meta:  # no fake, no parameter
@@ -58,7 +58,7 @@ def _tensor(argument: object) -> fx.Node:
 
 
 def reshape(reading: Reading, node: fx.Node, index: Index) -> Value:
-    """A reshape that only inserts and removes dimensions of size 1."""
+    """A reshape that only inserts and removes dimensions of size 1. Raises Unreadable for any other."""
     x = _tensor(node.args[0])
     wide = [d for d in range(g.rank(x)) if g.expression(g.shape(x)[d]) != 1]
     wide_out = [d for d in range(g.rank(node)) if g.expression(g.shape(node)[d]) != 1]
@@ -128,7 +128,10 @@ def _wrapped_never(expr: Expr, space: Space) -> Expr:
 
 
 def index_tensor(reading: Reading, node: fx.Node, index: Index) -> Value:
-    """x[t0, t1, :]: advanced indexing by integer tensors, as `padding[batch, key]`."""
+    """x[t0, t1, :]: advanced indexing by integer tensors, as `padding[batch, key]`.
+
+    Raises Unreadable for bool tensors and for an index that may be negative.
+    """
     x = _tensor(node.args[0])
     given = list(node.args[1])  # type: ignore[arg-type]  # a list of tensors and None
     given += [None] * (g.rank(x) - len(given))
@@ -167,7 +170,10 @@ def index_select(reading: Reading, node: fx.Node, index: Index) -> Value:
 
 
 def diff(reading: Reading, node: fx.Node, index: Index) -> Value:
-    """x[d] - x[d - 1], the element before the first from `prepend`: where one formula covers both."""
+    """x[d] - x[d - 1], the element before the first from `prepend`: where one formula covers both.
+
+    Raises Unreadable for another kind of difference, and for one that is not constant.
+    """
     x, prepend = _tensor(node.args[0]), _tensor(g.arg(node, "prepend"))
     dim = _dim(node, x)
     one = g.arg(node, "n") == 1 and g.arg(node, "append") is None and g.expression(g.shape(prepend)[dim]) == 1
@@ -188,7 +194,7 @@ def diff(reading: Reading, node: fx.Node, index: Index) -> Value:
 
 
 def cumsum(reading: Reading, node: fx.Node, index: Index) -> Value:
-    """The running sum of something constant along its dimension."""
+    """The running sum of something constant along its dimension. Raises Unreadable for anything else."""
     x = _tensor(node.args[0])
     dim = _dim(node, x)
     step = sympy.Dummy(integer=True, nonnegative=True)

@@ -1,8 +1,9 @@
-"""Collectives over a named axis of a device mesh, as graphs hold them before a lowering binds the axis to a group.
+"""Collectives over a named mesh axis, as graphs hold them before a lowering binds the axis to a group.
 
-The axis is a name ("tp"), not a process group: a graph with collectives prints, hashes and is cached independent of any
-process. `torch.distributed`'s functional collectives (`_c10d_functional`) are what a lowering replaces these with. Here, as
-everywhere, the op is its reference: its meaning on a mesh of one rank, where a collective is a copy.
+The axis is a name ("tp"), not a process group: a graph with collectives prints, hashes and is cached
+independent of any process. A lowering replaces these with `torch.distributed`'s functional collectives
+(`_c10d_functional`). Here, as everywhere, the op is its reference: its meaning on a mesh of one rank, where a
+collective is a copy.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def all_gather(x: Tensor, axis: str, dim: int) -> Tensor:
 
 @op
 def reduce_scatter(x: Tensor, axis: str, dim: int, reduction: str = "sum") -> Tensor:
-    """Every rank's x, reduced, of which each rank keeps its part along `dim`: size over the number of ranks there.
+    """Every rank's x, reduced, of which each rank keeps its part along `dim`.
 
     Raises ValueError for an axis that is no name, an unknown reduction and a dim outside of x.
     """

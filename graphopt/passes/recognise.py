@@ -1,4 +1,4 @@
-"""Recognise: canonical ATen -> the vocabulary, by rules; scores that became no attention go back; masks become arguments."""
+"""Recognise: canonical ATen -> the vocabulary, by rules; scores left over go back; masks become arguments."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from torch import fx
 from graphopt import ops
 from graphopt.kernel import Kernel, never
 from graphopt.kernels import rms_norm as kernels
-from graphopt.lowering.select import REFERENCE, kernel_of, select
+from graphopt.lowering.select import REFERENCE, select
 from graphopt.observe import Event, KernelChosen
 from tests.graphs import Builder
 
@@ -58,7 +58,7 @@ def test_the_first_that_does_not_refuse_is_chosen() -> None:
     assert event == KernelChosen("rms_norm_default", "rms_norm", "second", ("picky: D 8 < 16",))
     assert torch.equal(gm(torch.zeros(2, 8), torch.ones(8))[0], torch.full((2, 8), -2.0))
     node = next(n for n in gm.graph.nodes if n.target is second)
-    assert kernel_of(node) == "second" and "second(" in gm.code
+    assert node.meta["kernel"] == "second" and "second(" in gm.code
 
 
 def test_the_reference_is_last_and_called_directly() -> None:
@@ -80,4 +80,4 @@ def test_kernels_of_other_targets_and_ops_are_not_asked() -> None:
 def test_nodes_of_other_operators_stay() -> None:
     gm, _ = chosen(*kernels.KERNELS)
     (neg,) = [n for n in gm.graph.nodes if n.target is torch.ops.aten.neg.default]
-    assert kernel_of(neg) == ""
+    assert "kernel" not in neg.meta

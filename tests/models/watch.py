@@ -112,7 +112,7 @@ def is_norm(module: nn.Module) -> bool:
 
 @contextmanager
 def watching(model: nn.Module) -> Iterator[Seen]:
-    """Count norms, ropes, attentions, MLP activations and linears of the eager calls of a model inside the block."""
+    """Count what OPS_OF names, of the eager calls of a model inside the block."""
     seen = Seen()
     with ExitStack() as undo:
         files = {sys.modules[type(m).__module__] for m in model.modules()}

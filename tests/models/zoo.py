@@ -275,7 +275,8 @@ def trace(function: Callable[..., object], given: Mapping[str, torch.Tensor]) ->
     with torch.no_grad():
         traced = tracer(*given.values())
     for node in list(traced.graph.nodes):
-        if getattr(node.target, "__name__", "") == "_set_grad_enabled":  # to run it would switch the caller's mode
+        # To run it would switch the caller's mode.
+        if getattr(node.target, "__name__", "") == "_set_grad_enabled":
             traced.graph.erase_node(node)
     traced.recompile()
     return traced

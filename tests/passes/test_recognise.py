@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from graphopt.defaults import RULES, context
 from graphopt.passes.canonicalize import canonicalize
 from graphopt.passes.recognise import Recognise
 from graphopt.pipeline import Context
-from tests.rewriting import Watch
+from tests.rewriting import Watch, canonical, vocabulary
 
 
 class Layer(nn.Module):
@@ -158,6 +159,111 @@ def test_a_denied_mask_stays_a_bias() -> None:
     (node,) = [n for n in gm.graph.nodes if g.op_name(n) == "attention"]
     assert g.arg(node, "bias") is not None and not g.arg(node, "causal")
     torch.testing.assert_close(found, layer(*inputs))
+
+
+def _attended(mask: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Attention whose scores go through `mask`."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.tanh(q @ k.mT * 0.5 / 20.0) * 20.0
+        return torch.softmax(mask(scores), -1) @ v
+
+    return program
+
+
+HIDDEN = torch.rand(2, 1, 4, 5, generator=torch.Generator().manual_seed(3)) < 0.5
+HIDDEN[0, 0, 1] = True  # a row without a key
+LEFT_OVER: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "a fill that scores may reach": (lambda s: s.masked_fill(HIDDEN, -1e4), "aten.masked_fill"),
+    "a sum with a number": (lambda s: s + 1.0, "aten.add"),
+    "a mask, then a sum": (lambda s: s.masked_fill(HIDDEN, -torch.inf) + 1.0, "aten.add"),
+    "the lowest number, then a division": (
+        lambda s: s.masked_fill(HIDDEN, torch.finfo(s.dtype).min) / torch.arange(1.0, 6.0),
+        "aten.div",
+    ),
+    "a bias, then a sum": (lambda s: s + torch.arange(20.0).reshape(4, 5) + 1.0, "aten.add"),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OVER)
+def test_scores_that_became_no_attention_go_back(case: str) -> None:
+    """No half-way op is left; the numbers are eager's, and the refusal names the scores' reader."""
+    mask, reader = LEFT_OVER[case]
+    random = torch.Generator().manual_seed(1)
+    args = tuple(torch.randn(2, 3, n, 8, generator=random) for n in (4, 5, 5))
+    program = _attended(mask)
+    before = canonical(program, *args)
+    after, watch = fx.GraphModule(before, g.copy_graph(before.graph)), Watch()
+    ctx = context()
+    ctx.observers = (watch,)
+    Recognise().run(after, ctx)
+    after.graph.lint()
+    assert vocabulary(after) == []
+    torch.testing.assert_close(after(*args)[0], before(*args)[0], equal_nan=True)
+    for node in after.graph.nodes:
+        assert node.op == "output" or g.val(node) is not None, node
+    products = [n for n in after.graph.nodes if g.op_name(n) == "aten.matmul"]
+    assert products
+    assert any(g.origin(n) is not None for n in products)
+    (reason,) = [r.reason for r in watch.refusals if r.rule == "attention_scores"]
+    assert reason.startswith(f"no attention: the scores are read by {reader} (")
+    once = g.fingerprint(after.graph)
+    Recognise().run(after, context())
+    assert g.fingerprint(after.graph) == once
+
+
+LOWEST = torch.finfo(torch.float32).min
+MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "where(seen, scores, lowest)": lambda s, m: torch.where(~m, s, LOWEST),
+    "where(seen, scores, -inf)": lambda s, m: torch.where(~m, s, float("-inf")),
+    "where(seen, scores, full([], lowest))": lambda s, m: torch.where(~m, s, torch.full([], LOWEST)),
+    "where(seen, scores, full_like)": lambda s, m: torch.where(~m, s, torch.full([1, 1, 4, 5], LOWEST)),
+    "where(seen, scores, -1e9)": lambda s, m: torch.where(~m, s, -1e9),
+    "where(hidden, lowest, scores)": lambda s, m: torch.where(m, LOWEST, s),
+    "where(hidden, -1e9, scores)": lambda s, m: torch.where(m, -1e9, s),
+    "masked_fill(-1e9)": lambda s, m: s.masked_fill(m, -1e9),
+    "masked_fill(-1e30)": lambda s, m: s.masked_fill(m, -1e30),
+    "masked_fill(lowest)": lambda s, m: s.masked_fill(m, LOWEST),
+    "masked_fill(-inf)": lambda s, m: s.masked_fill(m, float("-inf")),
+    "added": lambda s, m: s + torch.zeros(()).masked_fill(m, LOWEST),
+}
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4])
+@pytest.mark.parametrize("spelling", MASKS)
+def test_masks_of_every_spelling_and_rank(spelling: str, rank: int) -> None:
+    """[s, t], [h, s, t] and [b, 1, s, t] masks become the attention's; rows without a key stay eager's."""
+    random = torch.Generator().manual_seed(2)
+    args = tuple(torch.randn(2, 3, n, 8, generator=random) for n in (4, 5, 5))
+    hidden = (
+        HIDDEN.expand(2, 3, 4, 5)[0, 0] if rank == 2 else HIDDEN[0].expand(3, 4, 5) if rank == 3 else HIDDEN
+    )
+    program = lambda q, k, v, m: torch.softmax(MASKS[spelling](q @ k.mT * 0.5, m), -1) @ v
+    gm = canonical(program, *args, hidden)
+    Recognise().run(gm, context())
+    gm.graph.lint()
+    assert vocabulary(gm) == ["attention"]
+    want, have = program(*args, hidden), gm(*args, hidden)[0]
+    rows = ~want.isnan()  # eager's rows without a key under -inf
+    assert rows.all() or "-inf" in spelling
+    torch.testing.assert_close(have[rows], want[rows])
+
+
+def test_a_fill_that_scores_may_reach_is_refused() -> None:
+    """The reason names the value and the limit."""
+    args = tuple(torch.randn(2, 3, n, 8) for n in (4, 5, 5))
+    for fill, reason in (
+        (-1e4, "the fill -10000.0 > -1000000000.0: a score may be as low"),
+        (-5.0, "-5.0 > "),
+    ):
+        program = lambda q, k, v, fill=fill: torch.softmax((q @ k.mT).masked_fill(HIDDEN[:1], fill), -1) @ v
+        watch, ctx = Watch(), context()
+        ctx.observers = (watch,)
+        gm = canonical(program, *args)
+        Recognise().run(gm, ctx)
+        assert vocabulary(gm) == []
+        assert any(reason in r.reason for r in watch.refusals if r.rule == "low_filled_attention")
+        torch.testing.assert_close(gm(*args)[0], program(*args))
 
 
 def test_a_graph_without_a_transformer_is_left_alone() -> None:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from graphopt import journal
 from graphopt.errors import OptionError
 from graphopt.observe import Event, PassEnded
 from graphopt.report import Report
-from graphopt import journal
 from graphopt.tools.explain import explain, road, stages
 from graphopt.tools.snapshots import Snapshots, snapshot
 from tests.sketch import Sketch
