@@ -41,8 +41,9 @@ def raised(arguments: Sequence[object]) -> tuple[object, ...]:
 @pytest.mark.parametrize(("kernel", "case"), ALL_CASES)
 def test_kernel_computes_what_its_reference_does(kernel: Kernel, case: Case, dtype: torch.dtype) -> None:
     reason = kernel.refuses(node_of_case(op(kernel).overload, case, dtype))
-    if reason is not None:
-        pytest.skip(reason)
+    if reason is not None:  # another kernel of the op, or its reference, takes the case
+        assert reason and not (dtype == torch.float32 and case in kernel.must_accept)
+        return
     arguments = case.make(dtype)
     before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
     found = kernel.launch(*arguments)
