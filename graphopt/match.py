@@ -39,7 +39,7 @@ STEP_BOUND = 20_000  # goals for one attempt; real rules need tens
 def match(variant: Variant, anchor: fx.Node) -> Binding | Miss:
     """Match a variant with its first output at `anchor`: the binding, or the deepest miss."""
     if not _may_be(variant.anchor, anchor):
-        return Miss(1, anchor, f"no operand is what {variant.rule.name} reads")
+        return Miss(1, anchor, f"no operand is what {variant.rule.name} reads", variant.anchor, anchor)
     attempt = _Attempt(variant)
     if not attempt.solve(((variant.anchor, anchor), None), 1):
         return attempt.unifier.miss(anchor)

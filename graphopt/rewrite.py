@@ -20,6 +20,7 @@ from graphopt.binding import Binding, Miss
 from graphopt.match import match, outside_reader
 from graphopt.observe import Matched, Observer, Refused, emit
 from graphopt.place import Place, find_place
+from graphopt.replay import Replay
 from graphopt.rule import Canonicalise, Part, Rule, Variant, variants
 from graphopt.rule_trace import needed_targets
 from graphopt.template import Template, fake_result
@@ -72,6 +73,7 @@ class Rewriter:
     index: dict[object, list[Variant | Translation]] = field(default_factory=dict)  # by the anchor's operator
     misses: dict[tuple[str, fx.Node], Miss] = field(default_factory=dict)
     denied: dict[tuple[str, fx.Node], Miss] = field(default_factory=dict)
+    replay: Replay = field(default_factory=Replay)
     spared: set[fx.Node] = field(default_factory=set)  # what denied matches would replace: no smaller one may
 
     def run(self) -> int:
@@ -129,7 +131,7 @@ class Rewriter:
         """Try one candidate at a node; a miss is kept if it came far enough to be worth reading."""
         if isinstance(candidate, Translation):
             return self.translate(candidate, node)
-        found = match(candidate, node)
+        found = self.replay.match(candidate, node)
         if isinstance(found, Miss):
             self.keep_miss(candidate.rule.name, node, found)
             return False
