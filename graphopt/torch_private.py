@@ -83,15 +83,6 @@ def _shape_env(mode: FakeTensorMode) -> ShapeEnv:
     return mode.shape_env
 
 
-def raw_expression(size: object) -> object:
-    """A SymInt's expression before the shape environment replaced symbols that it found equal; others
-    unchanged.
-    """
-    if isinstance(size, (torch.SymInt, torch.SymFloat)):
-        return size.node._expr
-    return size
-
-
 def equalities(mode: FakeTensorMode) -> tuple[object, ...]:
     """The guards of the form `a == b` that running code under the mode has added."""
     env = mode.shape_env
@@ -138,11 +129,6 @@ def backend_fakes(examples: Sequence[object]) -> tuple[FakeTensorMode, list[obje
             )
         )
     return mode, fakes
-
-
-def in_backend() -> bool:
-    """Whether Dynamo is compiling right now, so that `backend_fakes` has a context to read."""
-    return torch._guards.TracingContext.try_get() is not None
 
 
 def dynamo_source(placeholder: fx.Node) -> str:

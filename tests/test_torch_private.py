@@ -66,12 +66,10 @@ def test_symbolic_numbers() -> None:
 def test_equalities_and_expressions() -> None:
     mode = p.new_fake_mode(symbolic=True)
     a, b = p.symbolic_int(mode, "a", 4), p.symbolic_int(mode, "b", 4)
-    before = a.node.expr
     assert p.equalities(mode) == () and p.equalities(p.new_fake_mode()) == ()
     assert p.learn_equal(a, b) and p.learn_equal(3, 3) and not p.learn_equal(3, 4)
     assert len(p.equalities(mode)) == 1
-    assert p.raw_expression(a) == before and p.raw_expression(7) == 7
-    assert a.node.expr == b.node.expr and p.raw_expression(a) != p.raw_expression(b)
+    assert a.node.expr == b.node.expr
 
 
 def test_specialise() -> None:
@@ -114,10 +112,9 @@ def test_trace_inside_a_backend_keeps_apart() -> None:
 
     def look(gm: fx.GraphModule, examples: list[object]) -> int:
         mode = p.new_fake_mode()
-        assert p.in_backend()
         return len(p.trace(lambda x: x * 2, p.faked([torch.ones(3)], mode), mode).graph.nodes)
 
-    assert in_backend(lambda x: x + 1, torch.ones(3), look=look) == [3] and not p.in_backend()
+    assert in_backend(lambda x: x + 1, torch.ones(3), look=look) == [3]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+import transformers
 from torch import fx
 
 import graphopt
@@ -22,6 +23,10 @@ from graphopt.capture import Captured, from_dynamo
 from graphopt.report import Report
 from tests.models import encoder, faults, zoo
 from tests.models.watch import expected_counts, recognised_counts
+
+# What may stay unmatched. transformers 5.17 makes rope's angles by an outer product, a matmul of 5e-5 to 7e-5
+# of the FLOPs; 5.23, the only later version tried, has none.
+ANGLES = 1e-4 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23) else 0.0
 
 Row = tuple[torch.dtype, bool, zoo.Case]  # dtype, dynamic shapes, case
 DTYPES = (torch.float32, torch.bfloat16)
@@ -99,8 +104,7 @@ def assert_complete(report: Report, expected: dict[str, int]) -> None:
     """What an eager run counts was recognised, and no heavy work is left over."""
     assert recognised_counts(report.counts) == expected, str(report)
     assert report.counts.get("attention_scores", 0) == 0, "scores that became no attention"
-    # transformers 5.17 makes rope's angles by an outer product, a matmul of 5e-5 of the FLOPs; 5.23 has none.
-    assert report.unmatched_share < 1e-3, report.unmatched
+    assert report.unmatched_share <= ANGLES, report.unmatched
 
 
 def expected_updates(model: torch.nn.Module, case: zoo.Case, graphs: int) -> list[int]:
