@@ -6,6 +6,16 @@ from collections.abc import Sequence
 
 from graphopt.kernel import Kernel
 from graphopt.kernels import attention as attention_kernels
+from graphopt.kernels import (
+    attention_split_triton,
+    attention_triton,
+    cache_triton,
+    layer_norm_triton,
+    linear_triton,
+    mlp_triton,
+    rms_norm_triton,
+    rope_triton,
+)
 from graphopt.kernels import cache as cache_kernels
 from graphopt.kernels import layer_norm as layer_norm_kernels
 from graphopt.kernels import linear as linear_kernels
@@ -42,6 +52,14 @@ KERNELS: tuple[Kernel, ...] = (
     *cache_kernels.KERNELS,
     *linear_kernels.KERNELS,
     *mlp_kernels.KERNELS,
+    *rms_norm_triton.KERNELS,
+    *layer_norm_triton.KERNELS,
+    *rope_triton.KERNELS,
+    *cache_triton.KERNELS,
+    *mlp_triton.KERNELS,
+    *attention_split_triton.KERNELS,  # before attention_triton: few queries are its special case
+    *attention_triton.KERNELS,
+    *linear_triton.KERNELS,
 )
 
 PIPELINE: tuple[Pass, ...] = (

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 Refuses: TypeAlias = "Callable[[fx.Node], str | None]"
+GPU = "gpu"  # a kernel's target: every one in `graphopt.targets.TARGETS`
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
 
 
@@ -93,9 +94,12 @@ class Kernel:
         launch: a module-level function with the op's signature (generated code calls it by its qualified
             name).
         refuses: why it cannot run a node, naming the value and the limit; None where it can.
-        target: `cpu`, `cuda:90`, ...
+        target: `cpu`, one GPU target as `cuda:90`, or `gpu` for all of them.
         cases: what the correctness test and the benchmark run.
-        must_accept: cases that it may not refuse.
+        must_accept: cases that it may not refuse; GPU kernels are compiled at these, in half precision and
+            fp32, for each target.
+        expects: (jit function's name, what its code must have in half precision): "matrix", the target's
+            matrix instruction; "wide_loads", 16-byte loads of global memory.
     """
 
     op: str
@@ -105,6 +109,7 @@ class Kernel:
     target: str = "cpu"
     cases: tuple[Case, ...] = ()
     must_accept: tuple[Case, ...] = ()
+    expects: tuple[tuple[str, str], ...] = ()
 
 
 def never(node: fx.Node) -> None:

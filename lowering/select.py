@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from torch import fx
 
 from graphopt import ops
-from graphopt.kernel import Kernel
+from graphopt.kernel import GPU, Kernel
 from graphopt.observe import KernelChosen, Observer, emit
+from graphopt.targets import TARGETS
 
 REFERENCE = "reference"
 REFERENCES: dict[object, tuple[str, Callable[..., object]]] = {
@@ -26,7 +27,7 @@ def select(
     """
     by_op: dict[str, list[Kernel]] = {}
     for kernel in kernels:
-        if kernel.target == target:
+        if kernel.target == target or (kernel.target == GPU and target in TARGETS):
             by_op.setdefault(kernel.op, []).append(kernel)
     chosen = 0
     for node in graph.nodes:

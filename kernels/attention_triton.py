@@ -1,0 +1,7 @@
+"""Attention over many queries, in Triton."""
+
+from __future__ import annotations
+
+from graphopt.kernel import Kernel
+
+KERNELS: tuple[Kernel, ...] = ()

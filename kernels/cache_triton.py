@@ -1,0 +1,7 @@
+"""Writes into key and value caches, in Triton."""
+
+from __future__ import annotations
+
+from graphopt.kernel import Kernel
+
+KERNELS: tuple[Kernel, ...] = ()
