@@ -38,6 +38,7 @@ class Context:
         rules, kernels: the tables; `graphopt.defaults` fills them.
         observers: who listens.
         strict: raise instead of falling back.
+        replay: run GPU programs from a CUDA graph where that is safe.
         deny: ids of matches that must not be applied.
         fuel: how many rewrites may still be applied; None is no bound. Counts down (for bisection).
     """
@@ -48,6 +49,7 @@ class Context:
     kernels: tuple[Kernel, ...] = ()
     observers: tuple[Observer, ...] = ()
     strict: bool = False
+    replay: bool = True
     deny: frozenset[str] = frozenset()
     fuel: int | None = None
     run: object = None  # set by a lowering: what executes the program instead of the graph module

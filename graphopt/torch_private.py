@@ -260,22 +260,24 @@ def same_schema(overload: OpOverload, schema: str) -> bool:
     return str(overload._schema) == str(torch._C.parse_schema(schema))
 
 
-def operators_run(call: Callable[[], object]) -> int:
-    """How many ATen operators a call dispatches, views included."""
+def operators_run(call: Callable[[], object]) -> tuple[OpOverload, ...]:
+    """The ATen operators that a call dispatches, in order, views included."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Counter(TorchDispatchMode):
-        count = 0
+    class Log(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ran: list[OpOverload] = []
 
         def __torch_dispatch__(
-            self, function: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None
+            self, function: OpOverload, types: object, args: tuple = (), kwargs: dict | None = None
         ) -> object:
-            self.count += 1
+            self.ran.append(function)
             return function(*args, **(kwargs or {}))
 
-    with Counter() as counter:
+    with Log() as log:
         call()
-    return counter.count
+    return tuple(log.ran)
 
 
 def has_kernel(op: OpOverload, key: str) -> bool:

@@ -13,11 +13,14 @@ from torch import fx
 from graphopt import graph as g
 from graphopt import torch_private
 from graphopt.listing import listing
+from graphopt.lowering.cache_writes import advance_lengths, group_cache_writes
 from graphopt.lowering.direct import call_directly
 from graphopt.lowering.fold import fold, shift_norm_weights
 from graphopt.lowering.masks import lower_masks
 from graphopt.lowering.select import select
+from graphopt.lowering.replay import Replay, Roles, replayable, roles
 from graphopt.lowering.write_back import update_fresh, write_in_place
+from graphopt.targets import CPU, target_named
 
 if TYPE_CHECKING:
     from graphopt.pipeline import Context
@@ -25,9 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lower:
-    """recognised graph -> kernels, prepared weights, in-place caches, eager's output strides. CPU at present.
+    """recognised graph -> kernels, prepared weights, in-place caches, eager's output strides.
 
-    The graph module stays runnable, with the same inputs; `ctx.run` becomes the `Lowered` that runs it.
+    The graph module stays callable, with the same inputs; `ctx.run` becomes the `Lowered` that runs it, for a
+    GPU target from a CUDA graph where that is safe. A GPU target needs no GPU to be lowered for.
     Options: `target`, None for the context's.
     """
 
@@ -42,30 +46,37 @@ class Lower:
     def run(self, gm: fx.GraphModule, ctx: Context) -> None:
         """Edit `gm` in place."""
         target = self.target or ctx.target
-        lower_masks(gm.graph)
-        shift_norm_weights(gm.graph)
+        if target == CPU:
+            lower_masks(gm.graph)  # kernels for GPUs have them built in
+            shift_norm_weights(gm.graph)
         write_in_place(gm.graph)  # before fold: it looks at who reads an input, not at kernels
         update_fresh(gm.graph)
+        if target != CPU:
+            target_named(target)
+            group_cache_writes(gm.graph)
+            advance_lengths(gm.graph)
         fold(gm, ctx.store)
+        plain = replayable(gm.graph) if target != CPU else "a CPU has no graphs"
+        parts = roles(gm.graph)  # by schemas, which kernels do not have
         g.eliminate_dead_code(gm.graph)  # the last: kernels are plain functions, of which it knows nothing
         select(gm.graph, ctx.kernels, target, ctx.observers)
         keep_output_strides(gm)
         call_directly(gm.graph)
         gm.recompile()
-        ctx.run = Lowered(gm)
+        ctx.run = Lowered(gm, parts if plain is None and ctx.replay else None)
 
 
 class Lowered:
     """What runs: from the flat inputs and weights of the graph's placeholders to its flat outputs.
 
     Prepared weights are looked up by the tensors that are passed, so one instance serves any number of
-    weight sets.
+    weight sets. With `replayed`, a GPU runs it from a CUDA graph (`lowering/replay`).
     """
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, replayed: Roles | None = None) -> None:
         self.gm = gm
         torch_private.compile_now(gm)
-        self._forward = gm.forward  # past nn.Module.__call__: 2 us
+        self._forward = Replay(gm, replayed) if replayed else gm.forward  # past nn.Module.__call__: 2 us
 
     def __call__(self, *args: object) -> object:
         """Run on values in placeholder order."""

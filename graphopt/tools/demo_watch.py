@@ -80,7 +80,7 @@ def watched_step(model: LlamaForCausalLM) -> tuple[Watched, dict[str, object]]:
 def operators(call: Callable[[], object]) -> int:
     """How many ATen operators a call dispatches, views included; each costs about a microsecond or more."""
     with torch.no_grad():
-        return torch_private.operators_run(call)
+        return len(torch_private.operators_run(call))
 
 
 @dataclass(frozen=True)
