@@ -17,8 +17,8 @@ from graphopt.lowering.cache_writes import advance_lengths, group_cache_writes
 from graphopt.lowering.direct import call_directly
 from graphopt.lowering.fold import fold, shift_norm_weights
 from graphopt.lowering.masks import lower_masks
-from graphopt.lowering.select import select
 from graphopt.lowering.replay import Replay, Roles, replayable, roles
+from graphopt.lowering.select import select
 from graphopt.lowering.write_back import update_fresh, write_in_place
 from graphopt.targets import CPU, target_named
 

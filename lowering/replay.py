@@ -8,6 +8,7 @@ them. Source: torch.cuda.CUDAGraph; `torch.cuda.make_graphed_callables`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections import OrderedDict
@@ -40,17 +41,16 @@ class Graphs(Protocol):
 class CudaGraphs:
     """CUDA's own; all graphs of a process share one pool of memory, as they never run at once."""
 
-    _pool: tuple[int, int] | None = None
-
     def capture(self, run: Callable[[], Values]) -> tuple[Callable[[], None], Values]:
         """As `Graphs.capture`. The run must have been made once before: kernels are compiled and loaded."""
-        if CudaGraphs._pool is None:
-            CudaGraphs._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=CudaGraphs._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
             results = run()
         return graph.replay, results
+
+
+_pool = functools.cache(torch.cuda.graph_pool_handle)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def steps(gm: fx.GraphModule, target: Target) -> tuple[Step, ...]:
                 values[node] = operator.attrgetter(str(node.target))(gm)
             elif node.op == "call_function":
                 before = len(recorder.launches)
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)  # type: ignore[arg-type]  # values
                 run = partial(_call, node, args, kwargs, values)
                 ran = torch_private.operators_run(run)
                 launches = tuple(recorder.launches[before:])
