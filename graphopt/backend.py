@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from graphopt import graph as g
-from graphopt import torch_private
+from graphopt import targets, torch_private
 from graphopt.autocast import within
 from graphopt.capture import Captured, from_dynamo
 from graphopt.defaults import context, pipeline
@@ -140,6 +140,7 @@ def _build(
     fall_back: Callable[[fx.GraphModule, Sequence[object]], Callable[..., object]],
 ) -> Callable[..., object]:
     """Compile, keep the report, warn; or what falls back gives."""
+    _check_target(options.target, _device(examples))
     observers = from_environment()
     report = Report()
     program, failure = None, None
@@ -147,7 +148,7 @@ def _build(
     if report.fallback is None:
         try:
             captured = from_dynamo(gm, examples)
-            ctx = context(options, store=STORE, observers=observers)
+            ctx = context(options, device=_device(examples), store=STORE, observers=observers)
             with within(None):  # what is run and traced on the way has its casts in the graph
                 program, report = pipeline(options).run(captured, ctx)
         except Exception as error:
@@ -218,6 +219,21 @@ def _note_recompile_limit(report: Report, observers: Sequence[Observer]) -> None
         emit(observers, Warned(message))
 
 
+def _device(examples: Sequence[object]) -> torch.device:
+    """Where a program runs: the first device that is no CPU, on which scalars may lie in any program."""
+    devices = [e.device for e in examples if isinstance(e, torch.Tensor)]
+    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+
+def _check_target(target: str, device: torch.device) -> None:
+    """Raise OptionError where code for the target does not run on the device."""
+    if target != "auto" and (target == targets.CPU) != (device.type == "cpu"):
+        raise OptionError(
+            f"option target is {target!r}, but the inputs are on {device}; leave it out, or compile without "
+            "running by `graphopt compile`"
+        )
+
+
 def _writes(captured: Captured) -> bool:
     """Whether a program may change its inputs: conservatively, whether it has an operator in place."""
     return any(g.is_mutable(node.target) for node in captured.gm.graph.nodes)
@@ -230,6 +246,6 @@ def _out_of_scope(gm: fx.GraphModule, examples: Sequence[object]) -> str | None:
     for example in examples:
         if isinstance(example, torch.Tensor) and example.device.type == "meta":
             return "an input is on the meta device: nothing to run"
-        if isinstance(example, torch.Tensor) and example.device.type not in ("cpu",):
-            return f"an input is on {example.device}; this version lowers for the CPU only"
+        if isinstance(example, torch.Tensor) and example.device.type not in ("cpu", "cuda"):
+            return f"an input is on {example.device}; targets are {', '.join(targets.NAMES)}"
     return None

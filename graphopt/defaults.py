@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from graphopt.kernel import Kernel
 from graphopt.kernels import attention as attention_kernels
 from graphopt.kernels import (
@@ -31,6 +33,7 @@ from graphopt.passes.recognise import Recognise
 from graphopt.patterns import attention, cache, linear, mlp, norm, rope, torch_ops
 from graphopt.pipeline import Context, Pass, Pipeline
 from graphopt.rule import Rule
+from graphopt.targets import target_of
 from graphopt.translate import Translation
 from graphopt.weights import WeightStore
 
@@ -71,13 +74,21 @@ PIPELINE: tuple[Pass, ...] = (
 
 
 def context(
-    options: Options | None = None, *, store: WeightStore | None = None, observers: Sequence[Observer] = ()
+    options: Options | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    store: WeightStore | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Context:
-    """A context with the default tables; `store` shares prepared weights with other graphs."""
+    """A context with the default tables; `store` shares prepared weights with other graphs.
+
+    `device` is where the program runs: it decides the target that the options leave open.
+    """
     options = options or Options()
     return Context(
         store=store if store is not None else WeightStore(),
-        target=options.target,
+        target=target_of(torch.device(device)) if options.target == "auto" else options.target,
+        replay=options.cuda_graphs,
         rules=RULES,
         kernels=KERNELS,
         observers=tuple(observers),

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from graphopt import targets
 from graphopt.errors import OptionError
 
 
@@ -16,12 +17,14 @@ class Options:
     Attributes:
         strict: raise instead of falling back to the original program.
         merge: make one linear of Q, K, V, and of gate and up.
-        target: what to compile for.
+        target: what to compile for; "auto" is the device of the first input.
+        cuda_graphs: run GPU programs from a CUDA graph where that is safe.
     """
 
     strict: bool = False
     merge: bool = True
-    target: str = "cpu"
+    target: str = "auto"
+    cuda_graphs: bool = True
 
     @staticmethod
     def parse(given: Mapping[str, object] | None) -> Options:
@@ -46,7 +49,8 @@ class Options:
 VALUES: Mapping[str, tuple[object, ...]] = {
     "strict": (False, True),
     "merge": (True, False),
-    "target": ("cpu",),
+    "target": ("auto", *targets.NAMES),
+    "cuda_graphs": (True, False),
 }
 
 

@@ -13,7 +13,7 @@ from graphopt.options import VALUES, Options
 
 
 def test_nothing_given_is_the_defaults() -> None:
-    assert Options.parse(None) == Options.parse({}) == Options() == Options(False, True, "cpu")
+    assert Options.parse(None) == Options.parse({}) == Options() == Options(False, True, "auto", True)
 
 
 def test_each_value_of_each_option_is_taken() -> None:
@@ -38,15 +38,15 @@ def test_options_are_plain_comparable_values() -> None:
     [
         ({"strikt": True}, "no option 'strikt'; did you mean 'strict'?"),
         ({"Merge": True}, "no option 'Merge'; did you mean 'merge'?"),
-        ({"triton.cudagraphs": True}, "no option 'triton.cudagraphs'; known are 'strict', 'merge', 'target'"),
+        ({"triton.cudagraphs": True}, "no option 'triton.cudagraphs'; did you mean 'cuda_graphs'?"),
         ({3: True}, "no option 3; known are"),
         ({"strict": "True"}, "'strict' is 'True'; did you mean True?"),
         ({"strict": 1}, "'strict' is 1; known are False, True"),
         ({"strict": None}, "'strict' is None; known are"),
         ({"merge": torch.ones(2)}, r"'merge' is tensor\(\[1., 1.\]\); known are True, False"),
         ({"target": "gpu"}, "'target' is 'gpu'; did you mean 'cpu'?"),
-        ({"target": "cuda:90"}, "'target' is 'cuda:90'; known are 'cpu'"),
-        ({"target": True}, "'target' is True; known are 'cpu'"),
+        ({"target": "cuda:91"}, "'target' is 'cuda:91'; did you mean 'cuda:90'?"),
+        ({"target": True}, "'target' is True; known are 'auto', 'cpu', 'cuda:80'"),
         ("strict", "options is 'strict'; it takes a dict"),
     ],
 )
