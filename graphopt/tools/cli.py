@@ -1,4 +1,4 @@
-"""The command `graphopt`: explain a model, show what a pass changed, run the demo."""
+"""The command `graphopt`: explain a model, compile it, show what a pass changed, run the demo."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import fx
 
 from graphopt.errors import GraphoptError
 from graphopt.report import RECOGNISED
+from graphopt.targets import TARGETS, target_named
 from graphopt.tools.diff import GraphDiff, diff
 from graphopt.tools.explain import road, stages
 from graphopt.tools.models import Example, choice, load
@@ -24,6 +25,7 @@ Batch = Annotated[int, typer.Option(min=1, help="Rows of the example input.")]
 Length = Annotated[int, typer.Option(min=1, help="Tokens of a row.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")]
 Cache = Annotated[str, typer.Option(help="KV cache: none, dynamic or static.")]
+Decode = Annotated[bool, typer.Option("--decode", help="One token after LENGTH, on a static cache.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Model = Annotated[
     str,
@@ -97,6 +99,45 @@ def diff_command(
             typer.echo(found.to_json(indent=2))
         elif sys.stdout.isatty():
             Console().print(found, soft_wrap=True)
+        else:
+            typer.echo(str(found))
+
+    _or_error(run)
+
+
+@app.command("compile")
+def compile_command(
+    model: Model,
+    target: Annotated[str, typer.Option(help=f"One of {', '.join(TARGETS)}.")],
+    batch: Batch = 1,
+    length: Length = 128,
+    dtype: Dtype = "bfloat16",
+    cache: Cache = "none",
+    decode: Annotated[
+        bool, typer.Option("--decode", help="One token after LENGTH, on a static cache.")
+    ] = False,
+    quantize: Annotated[str | None, typer.Option(help="int8, or leave the weights as they are.")] = None,
+    code: Annotated[bool, typer.Option(help="Print the program, one line a call.")] = True,
+    json: AsJson = False,
+) -> None:
+    """Compile a model for a GPU that need not be there: its program, and a table of its kernels."""
+    from graphopt.aot import default_cache
+    from graphopt.tools.compile import compile_for
+
+    def run() -> None:
+        target_named(target)  # before a model is built
+        example = load(model, batch=batch, length=length, dtype=dtype, cache=cache, decode=decode)
+        options = {} if quantize is None else {"quantize": quantize}
+        found = compile_for(
+            example.model, example.args, example.kwargs, target=target, options=options, cache=default_cache()
+        )
+        if json:
+            typer.echo(found.to_json(indent=2))
+            return
+        if code:
+            typer.echo(found.code)
+        if sys.stdout.isatty():
+            Console().print(found)
         else:
             typer.echo(str(found))
 

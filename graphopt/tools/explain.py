@@ -52,18 +52,18 @@ def road(
     """
     if until not in stages():
         raise OptionError(f"no stage {until!r} in the default pipeline; it has {', '.join(stages())}")
-    captured = _captured(model, args, kwargs)
+    program = captured(model, args, kwargs)
     listening = (*from_environment(), *observers)
     if until == CAPTURED:
-        emit(listening, PassStarted(stages()[1], 0, captured.gm))
+        emit(listening, PassStarted(stages()[1], 0, program.gm))
         return Report()
     passes = defaults.PIPELINE[: stages().index(until)]
     context = dataclasses.replace(defaults.context(), observers=listening)
-    _, report = Pipeline(passes).run(captured, context)
+    _, report = Pipeline(passes).run(program, context)
     return report
 
 
-def _captured(
+def captured(
     model: torch.nn.Module | torch.export.ExportedProgram | Callable[..., object],
     args: Sequence[object],
     kwargs: Mapping[str, object],

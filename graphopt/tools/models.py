@@ -71,14 +71,23 @@ def choice(word: str, known: Iterable[str], what: str) -> str:
 
 
 def load(
-    spec: str, *, batch: int = 2, length: int = 7, dtype: str = "float32", cache: str = "none"
+    spec: str,
+    *,
+    batch: int = 2,
+    length: int = 7,
+    dtype: str = "float32",
+    cache: str = "none",
+    decode: bool = False,
 ) -> Example:
     """The model that a word names, with example inputs of `batch` rows of `length` tokens.
+
+    With `decode` the call is the one after that: one more token a row, on a static cache that holds the rows.
 
     A transformers model type (`bert`) gives a tiny random model; a directory or file with a config gives the
     model of its true size on the meta device, without weights; `package.module:function` is called.
 
-    Raises OptionError for an unknown word, with the nearest right one, and where transformers is missing.
+    Raises OptionError for an unknown word, with the nearest right one, where transformers is missing, and for
+    `decode` of a model without a cache.
     """
     kind, cached = DTYPES[choice(dtype, DTYPES, "dtype")], choice(cache, CACHES, "cache")
     if ":" in spec:
@@ -97,6 +106,8 @@ def load(
     torch.manual_seed(0)
     with device:
         model = _built(config).eval().to(kind)
+        if decode:
+            return Example(model, (), _one_token(config, model, batch, length, kind))
         return Example(model, (), _inputs(config, model, batch, length, kind, cached))
 
 
@@ -148,11 +159,26 @@ def _inputs(
         kwargs["decoder_input_ids"] = ids[:, : (length + 1) // 2].clone()
     if getattr(config, "use_cache", None) is not None:
         kwargs["use_cache"] = cache != "none"
-    if cache == "static":
+    if cache == "static" and "use_cache" in kwargs:
         from transformers import StaticCache
 
         kwargs["past_key_values"] = StaticCache(config=config, max_cache_len=2 * length)
     return kwargs
+
+
+def _one_token(
+    config: PretrainedConfig, model: torch.nn.Module, batch: int, length: int, dtype: torch.dtype
+) -> dict[str, object]:
+    """Keyword arguments for the step after a prompt of `length` tokens, on a static cache of twice that."""
+    prompt = _inputs(config, model, batch, length, dtype, "static")
+    if "past_key_values" not in prompt or config.is_encoder_decoder:
+        raise OptionError(f"{config.model_type} has no cache to decode with; leave decode out")
+    del prompt["attention_mask"]
+    with torch.no_grad():
+        model(**prompt)
+    ids = prompt["input_ids"]
+    assert isinstance(ids, torch.Tensor)
+    return {**prompt, "input_ids": ids[:, -1:].clone()}
 
 
 def _called(spec: str) -> Example:
