@@ -14,10 +14,10 @@ from graphopt.tools.demo_clock import processor
 RESULTS = Path(__file__).parent / "results"
 
 
-def write(name: str, result: Mapping[str, object]) -> Path:
-    """Write `results/<name>.json` and return its path."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write(name: str, result: Mapping[str, object], folder: Path = RESULTS) -> Path:
+    """Write `<name>.json` into the results and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
     return path
 
@@ -32,8 +32,11 @@ def read(name: str) -> dict:
 
 def machine() -> dict[str, str]:
     """What a number means nothing without."""
-    return {
+    found = {
         "processor": processor(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
     }
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(), "triton": version("triton")}
+    return found
