@@ -91,11 +91,10 @@ def _call(
 
 
 def _computes(overload: torch_private.OpOverload) -> bool:
-    """Whether an operator does work on a device: views and bare allocations do none."""
-    if g.base_name(overload) in FREE:
-        return False
-    returned = [r.alias_info for r in overload._schema.returns]
-    return not any(a is not None and not a.is_write for a in returned)
+    """Whether an operator does work on a device: views, bare allocations and questions of dtypes do none."""
+    returned = [r for r in overload._schema.returns if "Tensor" in str(r.type)]
+    views = any(r.alias_info is not None and not r.alias_info.is_write for r in returned)
+    return bool(returned) and not views and g.base_name(overload) not in FREE
 
 
 def layer_of(path: str) -> str:
