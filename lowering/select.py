@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import fx
 
-from graphopt import ops
+from graphopt import graph as g
+from graphopt import ops, torch_private
 from graphopt.kernel import GPU, Kernel
 from graphopt.observe import KernelChosen, Observer, emit
+from graphopt.rewrite import fake_result
 from graphopt.targets import TARGETS
 
 REFERENCE = "reference"
@@ -25,10 +28,7 @@ def select(
     Emits a `KernelChosen` for each node, with the refusals of the kernels tried before. The chosen name is
     kept in `meta["kernel"]`.
     """
-    by_op: dict[str, list[Kernel]] = {}
-    for kernel in kernels:
-        if kernel.target == target or (kernel.target == GPU and target in TARGETS):
-            by_op.setdefault(kernel.op, []).append(kernel)
+    by_op = for_target(kernels, target)
     chosen = 0
     for node in graph.nodes:
         if node.op != "call_function" or node.target not in REFERENCES:
@@ -42,6 +42,15 @@ def select(
     return chosen
 
 
+def for_target(kernels: Sequence[Kernel], target: str) -> dict[str, list[Kernel]]:
+    """Op -> the kernels that serve a target, in the table's order."""
+    by_op: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        if kernel.target == target or (kernel.target == GPU and target in TARGETS):
+            by_op.setdefault(kernel.op, []).append(kernel)
+    return by_op
+
+
 def choose(
     node: fx.Node, kernels: Sequence[Kernel], reference: Callable[..., object]
 ) -> tuple[str, Callable[..., object], tuple[str, ...]]:
@@ -53,3 +62,23 @@ def choose(
             return kernel.name, kernel.launch, tuple(reasons)
         reasons.append(f"{kernel.name}: {reason}")
     return REFERENCE, reference, tuple(reasons)
+
+
+def kernel_for(
+    op: ops.Op[..., object], arguments: Sequence[object], kernels: Sequence[Kernel], target: str
+) -> tuple[str, Callable[..., object]]:
+    """The name and launcher that a call on these tensors and values would get; nothing runs."""
+    mode = torch_private.new_fake_mode()
+    graph = fx.Graph()
+    nodes: list[object] = []
+    for i, argument in enumerate(arguments):
+        if isinstance(argument, torch.Tensor):
+            node = graph.placeholder(f"arg{i}")
+            g.set_val(node, torch_private.faked([argument], mode)[0])
+            nodes.append(node)
+        else:
+            nodes.append(argument)
+    node = graph.call_function(op.overload, tuple(nodes))  # type: ignore[arg-type]  # nodes and plain values
+    g.set_val(node, fake_result(node))
+    name, launch, _ = choose(node, for_target(kernels, target).get(op.__name__, ()), op.reference)
+    return name, launch
