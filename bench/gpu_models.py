@@ -2,8 +2,8 @@
 
     python -m bench.gpu_models [--folder DIR] [--layers 16] [--inductor] [--seconds 200]
 
-The logits of a step are compared with eager's before anything is timed. A decode step reads every weight once: bytes over the
-copy bandwidth of the same run is the least it can take.
+The logits of a step are compared with eager's before anything is timed. A decode step reads every weight
+once: bytes over the copy bandwidth of the same run is the least it can take.
 """
 
 from __future__ import annotations
