@@ -15,6 +15,7 @@ from graphopt.capture import capture  # noqa: E402
 
 if TYPE_CHECKING:
     from graphopt.api import disable, enable, optimize, refresh
+    from graphopt.artifact import load, save
     from graphopt.lowering.module import Lower
     from graphopt.passes.canonicalize import Canonicalize
     from graphopt.passes.merge import Merge
@@ -38,8 +39,10 @@ _HOMES = {
     "disable": "graphopt.api",
     "enable": "graphopt.api",
     "explain": "graphopt.tools.explain",
+    "load": "graphopt.artifact",
     "optimize": "graphopt.api",
     "refresh": "graphopt.api",
+    "save": "graphopt.artifact",
 }
 _SUBMODULES = ("errors", "ops", "passes")
 
@@ -56,10 +59,12 @@ __all__ = [
     "enable",
     "errors",
     "explain",
+    "load",
     "ops",
     "optimize",
     "passes",
     "refresh",
+    "save",
 ]
 
 

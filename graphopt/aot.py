@@ -15,7 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1  # of a record on disk; raise it when `Compiled` or how it is read off changes
 LOCK_SECONDS = 10.0  # a record is written in well under a millisecond: whoever holds the lock longer is stuck
+MESSAGE = 600  # characters of a compiler's message that an error keeps
 TENSOR_MEMORY = 512  # columns a multiprocessor of sm_100 has (PTX ISA, tcgen05.alloc)
 
 # What the assemblies call a product of matrices; the first of a target's own is in `Target.matrix`.
@@ -83,7 +84,7 @@ class Compiled:
 
 
 def faults(compiled: Compiled, target: Target) -> tuple[str, ...]:
-    """Why a compiled kernel would be slow or could not start: spills, local memory, too much shared memory."""
+    """Why a compiled kernel would be slow or could not start: spills, local memory, too much shared."""
     limits = (
         ("spilled registers", compiled.spills, 0),
         ("bytes of stack", compiled.stack, 0),
@@ -124,49 +125,70 @@ def default_cache() -> Path:
 # -------------------------------------------------------------------------------------------- compiling
 
 
+def build(launch: Launch, target: Target) -> None:
+    """Compile into Triton's own cache of binaries, where the launch itself finds it later.
+
+    Raises what `compile_launch` raises.
+    """
+    _built(launch, target)
+
+
 def _compile(launch: Launch, target: Target) -> Compiled:
-    """Through Triton's compiler, in its own cache of binaries."""
+    """Compiled, and read."""
+    read = _read_amd if target.is_hip else _read_nvidia
+    return read(launch.name, target, _built(launch, target))
+
+
+def _built(launch: Launch, target: Target) -> object:
+    """Triton's compiled kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names: Sequence[str] = getattr(launch.kernel, "arg_names", ())
     if not hasattr(launch.kernel, "cache_key"):
         raise CompileError(
-            f"{launch.name} is interpreted (TRITON_INTERPRET=1), not compiled; unset it before Triton is imported"
+            f"{launch.name} is interpreted, not compiled; unset TRITON_INTERPRET before Triton is imported"
         )
     source = ASTSource(
-        launch.kernel, dict(launch.signature), dict(launch.constants), _attributes(launch, names, target)
+        launch.kernel, dict(launch.signature), dict(launch.constants), _attributes(launch, target)
     )
     try:
-        made = triton.compile(
+        return triton.compile(
             source,
             target=GPUTarget(target.backend, target.arch, target.warp_size),
             options=dict(launch.options),
         )
     except Exception as error:  # the compiler has no base class of its errors; many are plain RuntimeErrors
         what = f"{launch.name} does not compile for {target.name} with {dict(launch.options)}"
-        raise CompileError(f"{what}: {type(error).__name__}: {error}") from error
-    read = _read_amd if target.is_hip else _read_nvidia
-    return read(launch.name, target, made)
+        raise CompileError(f"{what}: {type(error).__name__}: {_short(str(error))}") from error
 
 
-def _attributes(
-    launch: Launch, names: Sequence[str], target: Target
-) -> dict[tuple[int, ...], list[list[object]]]:
+def _short(message: str) -> str:
+    """The start of a compiler's message; some end with all of the code."""
+    return message if len(message) <= MESSAGE else f"{message[:MESSAGE]}..."
+
+
+def _attributes(launch: Launch, target: Target) -> dict[tuple[int, ...], list[list[object]]]:
     """Per argument what Triton may assume of it at run time.
 
-    AMD's backend also marks pointers into less than 2 GB (`tt.pointer_range`), and loads those by buffer
+    Spelled as Triton's own launch spells it, nothing included, since its cache goes by the spelling. AMD's
+    backend also marks pointers into less than 2 GB (`tt.pointer_range`), and loads those by buffer
     instructions. A record has no sizes: every pointer is taken for such a one.
     """
+    constants = dict(launch.constants)
+    all_marked = tuple(int(n) for n in _version().split(".")[:2]) >= (3, 7)
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
-    for i, name in enumerate(names):
+    for i, (name, kind) in enumerate(launch.signature):
         marks: list[list[object]] = []
         if name in launch.aligned:
             marks.append(["tt.divisibility", ALIGNED])
-        if target.is_hip and dict(launch.signature)[name].startswith("*"):
+        if target.is_hip and kind.startswith("*"):
             marks.append(["tt.pointer_range", 32])
-        if marks:
+        if kind == "constexpr":
+            marked = all_marked or isinstance(constants[name], str)
+        else:
+            marked = kind not in ("fp32", "u1") and not kind.startswith("tensordesc")
+        if marked:
             attributes[(i,)] = marks
     return attributes
 

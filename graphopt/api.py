@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from collections.abc import Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 from graphopt import backend
+from graphopt.errors import WeightError
 from graphopt.options import Options
+from graphopt.ownership import Owned, is_stand_in, keep
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -57,23 +61,76 @@ def disable() -> None:
         _enabled.pop()._take_back()
 
 
-def optimize(model: M, **options: object) -> M:
-    """Compile a model in place and return it: same interface, `generate()` works.
+def optimize(model: M, *, release: bool = True, **options: object) -> M:
+    """Compile a model in place, own its weights, and return it: same interface, `generate()` works.
 
-    Call it under `torch.no_grad()`. Its graphs (prefill, decode, a new length) share their prepared weights.
+    Its graphs (prefill, decode, a new length) share their prepared weights, and as each is prepared at the
+    first call, the originals are released: one layout a weight is in memory. A parameter whose values stand
+    in a prepared form as they are (merged Q, K, V) becomes a view of it and may be read and written as ever;
+    one that is packed or sliced keeps its shape and dtype and reads as NaN. What would need its values then
+    (gradients, a graph that is refused, `state_dict`, a copy) is a `WeightError`; `load_state_dict` and a new
+    parameter bring values back; `graphopt.save` keeps what there is. Gradients of parameters are switched
+    off. Again with the same options, it does nothing.
+
+    Args:
+        release: False keeps the originals besides what is prepared of them.
+        options: see `graphopt.options.Options`.
 
     Raises:
-        OptionError: an unknown option or value; nothing is changed then.
+        OptionError: an unknown option or value, or too few processes for `shard`; nothing is changed then.
+        WeightError: other options than before, for a model whose weights were released.
     """
-    Options.parse(options)
-    model.compile(backend="graphopt", options=dict(options))
+    owned = Owned(Options.parse(options), release)
+    backend.mesh_of(owned.options.shard)  # an error now rather than at the first call
+    before = backend.STORE.owners.of(model)
+    if before == owned and model._compiled_call_impl is not None:
+        return model
+    if before is not None and _forms(before) != _forms(owned):
+        for name, p in model.named_parameters():
+            if is_stand_in(p):
+                raise WeightError(
+                    f"weight {name} was released under other options ({before.options}); reload the model to "
+                    "optimize it with these"
+                )
+        backend.STORE.refresh(model.parameters())
+    own(model, owned)
+    model.compile(backend="graphopt", options={**options, "guard_filter_fn": _without_moving_weights})
     return model
+
+
+def own(model: torch.nn.Module, owned: Owned) -> None:
+    """Take over a model's parameters."""
+    model.requires_grad_(False)
+    if owned.release:
+        keep(model)
+    backend.STORE.owners.add(model, owned)
+
+
+def _forms(owned: Owned) -> Options:
+    """The options that may have an effect on prepared weights."""
+    return dataclasses.replace(owned.options, strict=False)
+
+
+def _without_moving_weights(guards: Sequence[_Guard]) -> list[bool]:
+    """Torch compiles anew when a parameter's strides change; those of a weight do when it is released.
+
+    What else its guard looks at (shape, dtype) is looked at when the weight is prepared.
+    """
+    skips = backend.STORE.owners.skips_guard
+    return [not (guard.guard_type == "TENSOR_MATCH" and skips(guard.value)) for guard in guards]
+
+
+class _Guard(Protocol):
+    """What torch tells of a guard."""
+
+    guard_type: str
+    value: object
 
 
 def refresh(model: torch.nn.Module | None = None) -> None:
     """Prepare weights anew at the next call: after writes that leave no trace (`p.data.mul_()`, numpy views).
 
     Args:
-        model: whose weights changed; None for all models.
+        model: whose weights changed; None for all models. What is the only form of a released weight stays.
     """
     backend.STORE.refresh(None if model is None else (*model.parameters(), *model.buffers()))

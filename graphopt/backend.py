@@ -17,12 +17,21 @@ from graphopt import targets, torch_private
 from graphopt.autocast import within
 from graphopt.capture import Captured, from_dynamo
 from graphopt.defaults import context, pipeline
-from graphopt.errors import CaptureRefused, GraphoptError, OptionError, StrictError
+from graphopt.errors import (
+    CaptureRefused,
+    GraphoptError,
+    OptionError,
+    ReleasedError,
+    StrictError,
+    WeightError,
+)
 from graphopt.journal import from_environment
 from graphopt.observe import Observer, Warned, emit
 from graphopt.options import Options
+from graphopt.passes.shard import PLAN_HASH
 from graphopt.report import Report
-from graphopt.weights import WeightStore
+from graphopt.runtime.ranks import Ranked, RankError, digest, mesh_of
+from graphopt.weights import Prepared, WeightStore, prepared_weights
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +107,7 @@ class Guarded:
             another state: the failure is raised instead.
         strict: raise instead of falling back.
         report: told about a fall-back.
+        reads: which arguments our program reads as they are; the others it reads prepared.
     """
 
     run: Callable[..., object]
@@ -105,17 +115,34 @@ class Guarded:
     writes: bool
     strict: bool
     report: Report = field(repr=False)
+    reads: tuple[int, ...] = ()
+    _admitted: dict[tuple[int, ...], int] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, *args: object) -> object:
         """Run on the graph's inputs and weights, in placeholder order."""
+        if STORE.owners:
+            self._admit(args)
         try:
             return self.run(*args)
         except Exception as error:
             return self._recover(args, error)
 
+    def _admit(self, args: tuple[object, ...]) -> None:
+        """Weights that are read as they are must not have been released; looked at once for each set."""
+        reads = tuple(args[i] for i in self.reads)
+        identities = tuple(map(id, reads))
+        generation = STORE.owners.generation  # unchanged, no weight has been given a stand-in since
+        if self._admitted.get(identities) != generation:
+            STORE.admit(args if self.run is self.original else reads)
+            self._admitted[identities] = generation
+
     def _recover(self, args: tuple[object, ...], error: Exception) -> object:
-        if self.run is self.original or self.writes:
+        if self.run is self.original or self.writes or _is_bad_weight(error) or isinstance(error, RankError):
             raise error
+        if isinstance(error, ReleasedError):
+            raise error
+        if STORE.owners:
+            STORE.admit(args)
         try:
             result = self.original(*args)
         except Exception as own:  # an index out of range, say: the program's error, as in eager
@@ -141,6 +168,7 @@ def _build(
 ) -> Callable[..., object]:
     """Compile, keep the report, warn; or what falls back gives."""
     _check_target(options.target, _device(examples))
+    mesh = mesh_of(options.shard)
     observers = from_environment()
     report = Report()
     program, failure = None, None
@@ -149,9 +177,15 @@ def _build(
         try:
             captured = from_dynamo(gm, examples)
             ctx = context(options, device=_device(examples), store=STORE, observers=observers)
+            ctx.mesh = mesh
+            ctx.replay = ctx.replay and mesh is None  # a rank that replays alone would hang the others
             with within(None):  # what is run and traced on the way has its casts in the graph
-                program, report = pipeline(options).run(captured, ctx)
+                program, report = pipeline(options, rank=mesh.rank if mesh else 0).run(captured, ctx)
+        except OptionError:
+            raise  # an option that this program cannot have: the user has to know, not to get another program
         except Exception as error:
+            if mesh is not None and not isinstance(error, CaptureRefused):
+                raise  # the other ranks would wait for this one
             failure, report.fallback = error, _described(error)
             log.debug("compilation failed", exc_info=True)
     _reports.append(report)
@@ -160,9 +194,11 @@ def _build(
     _note_recompile_limit(report, observers)
     for message in report.warnings:
         warnings.warn(message, stacklevel=3)
-    return Guarded(
-        program.runnable(program.gm.forward), gm.forward, _writes(captured), options.strict, report
-    )
+    reads = _note_weights(program.gm, examples)
+    run = program.runnable(program.gm.forward)
+    if mesh is not None:
+        run = Ranked(run, mesh, digest(program.gm.meta[PLAN_HASH], options))
+    return Guarded(run, gm.forward, _writes(captured), options.strict, report, reads)
 
 
 def _without_us(
@@ -180,7 +216,31 @@ def _without_us(
         raise StrictError(report.fallback) from failure
     emit(observers, Warned(_says(report.fallback)))
     warnings.warn(_says(report.fallback), stacklevel=4)
-    return fall_back(gm, examples)
+    run = fall_back(gm, examples)
+    if not STORE.owners:
+        return run
+
+    def admitted(*args: object) -> object:
+        STORE.admit(args)
+        return run(*args)
+
+    return admitted
+
+
+def _note_weights(gm: fx.GraphModule, examples: Sequence[object]) -> tuple[int, ...]:
+    """Which parameters a program reads as they are; what it reads in another layout may leave its place."""
+    reads = []
+    plans = [plan for part in gm.children() if isinstance(part, Prepared) for plan in part.plans]
+    moving = {i for plan in plans for i in plan.moves()}
+    for i, node in enumerate(g.placeholders(gm.graph)):
+        weight = examples[i]
+        if not isinstance(weight, torch.nn.Parameter):
+            continue
+        if any(user.target is not prepared_weights for user in node.users):
+            reads.append(i)
+        elif i in moving:
+            STORE.owners.leaving.add(weight)
+    return tuple(reads)
 
 
 def _inductor(gm: fx.GraphModule, examples: Sequence[object]) -> Callable[..., object]:
@@ -205,6 +265,11 @@ def _described(error: Exception) -> str:
         return str(error)
     kind = "" if isinstance(error, GraphoptError) else f"{type(error).__name__}: "
     return f"internal failure: {kind}{error}"
+
+
+def _is_bad_weight(error: Exception) -> bool:
+    """Whether a weight has values that an option asked for cannot hold: NaN in int8."""
+    return isinstance(error, WeightError) and isinstance(error.__cause__, ValueError)
 
 
 def _says(reason: str) -> str:

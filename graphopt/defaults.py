@@ -21,6 +21,7 @@ from graphopt.kernels import (
 from graphopt.kernels import cache as cache_kernels
 from graphopt.kernels import layer_norm as layer_norm_kernels
 from graphopt.kernels import linear as linear_kernels
+from graphopt.kernels import linear_int8 as linear_int8_kernels
 from graphopt.kernels import mlp as mlp_kernels
 from graphopt.kernels import rms_norm as rms_norm_kernels
 from graphopt.kernels import rope as rope_kernels
@@ -29,9 +30,11 @@ from graphopt.observe import Observer
 from graphopt.options import Options
 from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.merge import Merge
+from graphopt.passes.quantize import Quantize
 from graphopt.passes.recognise import Recognise
+from graphopt.passes.shard import Shard
 from graphopt.patterns import attention, cache, linear, mlp, norm, rope, torch_ops
-from graphopt.pipeline import Context, Pass, Pipeline
+from graphopt.pipeline import Context, Pass, Pipeline, passes_named
 from graphopt.rule import Rule
 from graphopt.targets import target_of
 from graphopt.translate import Translation
@@ -54,6 +57,7 @@ KERNELS: tuple[Kernel, ...] = (
     *attention_kernels.KERNELS,
     *cache_kernels.KERNELS,
     *linear_kernels.KERNELS,
+    *linear_int8_kernels.KERNELS,
     *mlp_kernels.KERNELS,
     *rms_norm_triton.KERNELS,
     *layer_norm_triton.KERNELS,
@@ -96,9 +100,24 @@ def context(
     )
 
 
-def pipeline(options: Options | None = None, *, until: str | None = None) -> Pipeline:
-    """The default passes that the options leave, up to the one named `until`, included."""
+def asked_for(options: Options, rank: int = 0) -> tuple[Pass, ...]:
+    """The passes that run on request only, in their order: between Merge and what looks at kernels."""
+    passes: list[Pass] = []
+    if options.shard > 1:
+        passes.append(Shard(options.shard, rank))
+    if options.quantize is not None:  # after Shard: groups and scales are a rank's own
+        passes.append(Quantize(options.quantize, options.quantize_group, options.quantize_exclude))
+    return tuple(passes)
+
+
+def pipeline(options: Options | None = None, *, until: str | None = None, rank: int = 0) -> Pipeline:
+    """The default passes that the options leave, up to the one named `until`, included.
+
+    `rank` is whose program it is, where `shard` is more than one.
+    """
     options = options or Options()
-    passes = [p for p in PIPELINE if options.merge or p.name != "merge"]
-    names = [p.name for p in passes]
+    at = passes_named(PIPELINE).index("merge") + 1
+    passes = [p for p in PIPELINE[:at] if options.merge or p.name != "merge"]
+    passes += [*asked_for(options, rank), *PIPELINE[at:]]
+    names = passes_named(passes)
     return Pipeline(tuple(passes[: names.index(until) + 1] if until else passes))

@@ -25,9 +25,21 @@ class RuleError(GraphoptError):
     """A rule that cannot be made: its pattern drops a parameter, or its replacement does not fit."""
 
 
+class ShardError(OptionError):
+    """A program that ranks cannot share as asked: sizes that do not divide, a plan that contradicts itself."""
+
+
 class StrictError(GraphoptError):
     """Under `strict=True`: what would otherwise be a warning and a fall-back to the original."""
 
 
 class WeightError(GraphoptError):
     """A weight that cannot be prepared: missing, of another shape, or on meta."""
+
+
+class ReleasedError(WeightError):
+    """A weight is needed as it was, after its memory was released: the original program cannot run either."""
+
+
+class ArtifactError(GraphoptError):
+    """A saved model that cannot be loaded: cut off, of another version, or of another model."""

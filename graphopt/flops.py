@@ -34,6 +34,8 @@ PER_ELEMENT = {
     "aten.layer_norm": 6,
     "aten.rms_norm": 4,
     "rope": 3,
+    "rope_write": 3,
+    "rms_norm_residual": 5,
     "gated_activation": 2,
 }
 
@@ -119,9 +121,11 @@ def _product(left: str) -> Callable[[fx.Node], int]:
 
 def _linear(node: fx.Node) -> int:
     """x [.., K] with weight [N, K]: 2 * elements(x) * N, and one operation an element for what follows it."""
-    follows = sum(_given(node, name) for name in ("bias", "activation", "gate", "residual"))
+    follows = sum(_given(node, name) for name in ("bias", "activation", "residual"))
     x = "input" if is_call(node, torch.ops.aten.linear.default) else "x"
-    return 2 * math.prod(_shape(node, x)) * _shape(node, "weight")[0] + follows * _result(node)
+    before = PER_ELEMENT["layer_norm"] if _given(node, "norm") else 0
+    rows = math.prod(_shape(node, x))
+    return rows * (2 * _shape(node, "weight")[0] + before) + follows * _result(node)
 
 
 def _given(node: fx.Node, name: str) -> bool:
@@ -160,7 +164,8 @@ def _einsum(node: fx.Node) -> int:
 
 HEAVY: dict[str, Callable[[fx.Node], int]] = {
     "linear": _linear,
-    "linear_epilogue": _linear,
+    "linear_int8": _product("x"),
+    "fused_linear": _linear,
     "attention": _attention("q", "k", "v"),
     "attention_lse": _attention("q", "k", "v"),
     "aten.linear": _linear,

@@ -37,7 +37,7 @@ TYPES: dict[torch.dtype, str] = {
     torch.int16: "i16",
     torch.int8: "i8",
     torch.uint8: "u8",
-    torch.bool: "i1",
+    torch.bool: "u1",
 }
 
 
@@ -146,24 +146,26 @@ def _known(keywords: dict[str, object], target: Target) -> dict[str, object]:
 def described(kernel: object, grid: Grid, arguments: Sequence[object], keywords: dict[str, object]) -> Launch:
     """The launch as Triton would specialise it at run time.
 
-    Source: `specialize_impl` in Triton's runtime: None, bools and an int 1 are compiled in; pointers and
-    ints that are multiples of 16 are marked.
+    Source: `specialize_impl` in Triton's runtime: None and an int 1 are compiled in; pointers and ints that
+    are multiples of 16 are marked. Those in `do_not_specialize` are neither.
     """
     names: Sequence[str] = kernel.arg_names  # type: ignore[attr-defined]  # a JITFunction has them
     free = [n for n in names if n not in keywords]
     if len(free) != len(arguments):
         raise TypeError(f"{kernel} takes {', '.join(free)}, but got {len(arguments)} arguments")
     values = dict(zip(free, arguments, strict=True))
+    unspecialised = {p.name for p in getattr(kernel, "params", ()) if p.do_not_specialize}
     signature: list[tuple[str, str]] = []
     constants: list[tuple[str, object]] = []
     aligned: list[str] = []
     for name in names:
         value = keywords[name] if name in keywords else values[name]
-        kind = "constexpr" if name in keywords else _type_of(value)
+        plain = name in unspecialised
+        kind = "constexpr" if name in keywords else "i32" if plain and value == 1 else _type_of(value)
         signature.append((name, kind))
         if kind == "constexpr":
             constants.append((name, value))
-        elif _is_aligned(value):
+        elif not plain and _is_aligned(value):
             aligned.append(name)
     options = tuple(sorted((k, v) for k, v in keywords.items() if k in OPTIONS))
     return Launch(kernel, grid, tuple(signature), tuple(constants), tuple(aligned), options)
@@ -171,7 +173,9 @@ def described(kernel: object, grid: Grid, arguments: Sequence[object], keywords:
 
 def _type_of(value: object) -> str:
     """The signature's word for a run-time argument."""
-    if value is None or isinstance(value, bool) or (isinstance(value, int) and value == 1):
+    if isinstance(value, bool):
+        return "u1"
+    if value is None or (isinstance(value, int) and value == 1):
         return "constexpr"
     if isinstance(value, torch.Tensor):
         return f"*{TYPES[value.dtype]}"
@@ -180,7 +184,7 @@ def _type_of(value: object) -> str:
     if isinstance(value, float):
         return "fp32"
     if hasattr(value, "block_shape"):  # a TensorDescriptor: TMA where the target has it
-        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")  # type: ignore[attr-defined]
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"  # type: ignore[attr-defined]
     raise TypeError(f"a kernel takes no {type(value).__name__} ({value!r})")
 
 
@@ -188,4 +192,4 @@ def _is_aligned(value: object) -> bool:
     if isinstance(value, torch.Tensor):
         # A fake has no address; allocations are aligned, so that its offset decides.
         return int(value.storage_offset()) * value.element_size() % ALIGNED == 0
-    return isinstance(value, int) and value % ALIGNED == 0
+    return isinstance(value, int) and not isinstance(value, bool) and value % ALIGNED == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from graphopt import targets
 from graphopt.errors import OptionError
@@ -19,38 +20,108 @@ class Options:
         merge: make one linear of Q, K, V, and of gate and up.
         target: what to compile for; "auto" is the device of the first input.
         cuda_graphs: run GPU programs from a CUDA graph where that is safe.
+        shard: how many processes share the weights and the work, one rank each (`graphopt.runtime.ranks`).
+        quantize: "int8" keeps the linears' weights in 8 bits; None leaves them as they are.
+        quantize_group: how many inputs share a scale; it has to divide the inputs of each quantized linear.
+        quantize_exclude: names of weights or modules that stay as they are, as `lm_head`, `layers.0` or
+            `*.down_proj`; see `graphopt.passes.quantize.Quantize`.
     """
 
     strict: bool = False
     merge: bool = True
     target: str = "auto"
     cuda_graphs: bool = True
+    shard: int = 1
+    quantize: str | None = None
+    quantize_group: int = 64
+    quantize_exclude: tuple[str, ...] = ()
 
     @staticmethod
     def parse(given: Mapping[str, object] | None) -> Options:
         """Check options by name, type and value.
 
         Raises:
-            OptionError: an unknown name or value, with the nearest right one.
+            OptionError: an unknown name or value, with the nearest right one; options that contradict.
         """
         given = {} if given is None else given
         if not isinstance(given, Mapping):
             raise OptionError(f"options is {given!r}; it takes a dict, as {{'strict': True}}")
-        for name, value in given.items():
+        for name in given:
             if name not in VALUES:
                 raise OptionError(f"graphopt has no option {name!r}; {_nearest(str(name), tuple(VALUES))}")
-            known = VALUES[name]
-            if not any(type(value) is type(k) and value == k for k in known):  # 1 is not True
-                raise OptionError(f"option {name!r} is {value!r}; {_nearest(str(value), known)}")
-        return Options(**given)  # type: ignore[arg-type]  # checked above
+        read = {name: VALUES[name].read(name, value) for name, value in given.items()}
+        options = Options(**read)  # type: ignore[arg-type]  # checked above
+        if options.quantize is None:
+            for name in ("quantize_group", "quantize_exclude"):
+                if getattr(options, name) != VALUES[name].default:
+                    raise OptionError(f"option {name!r} does nothing alone; give quantize='int8' with it")
+        return options
 
 
-# What each option takes, the default first.
-VALUES: Mapping[str, tuple[object, ...]] = {
-    "strict": (False, True),
-    "merge": (True, False),
-    "target": ("auto", *targets.NAMES),
-    "cuda_graphs": (True, False),
+class Values(Protocol):
+    """What an option takes."""
+
+    @property
+    def default(self) -> object:
+        """The value where none is given."""
+
+    def read(self, name: str, value: object) -> object:
+        """The value as `Options` keeps it. Raises OptionError for one that is not taken."""
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of a few values, the default first."""
+
+    known: tuple[object, ...]
+
+    @property
+    def default(self) -> object:
+        """The first."""
+        return self.known[0]
+
+    def read(self, name: str, value: object) -> object:
+        """The value itself."""
+        if not any(type(value) is type(k) and value == k for k in self.known):  # 1 is not True
+            raise OptionError(f"option {name!r} is {value!r}; {_nearest(str(value), self.known)}")
+        return value
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole number, 1 or more."""
+
+    default: int
+
+    def read(self, name: str, value: object) -> object:
+        """The value itself."""
+        if type(value) is not int or value < 1:  # True is no number here
+            raise OptionError(f"option {name!r} is {value!r}; it takes a whole number, 1 or more")
+        return value
+
+
+@dataclass(frozen=True)
+class Names:
+    """Any number of names: a tuple, or a list of them; none by default."""
+
+    default: tuple[str, ...] = ()
+
+    def read(self, name: str, value: object) -> object:
+        """The names as a tuple, which is comparable."""
+        if not isinstance(value, (tuple, list)) or not all(isinstance(v, str) and v for v in value):
+            raise OptionError(f"option {name!r} is {value!r}; it takes a tuple of names, as ('lm_head',)")
+        return tuple(value)
+
+
+VALUES: Mapping[str, Values] = {
+    "strict": OneOf((False, True)),
+    "merge": OneOf((True, False)),
+    "target": OneOf(("auto", *targets.NAMES)),
+    "cuda_graphs": OneOf((True, False)),
+    "shard": Whole(1),
+    "quantize": OneOf((None, "int8")),
+    "quantize_group": Whole(64),
+    "quantize_exclude": Names(),
 }
 
 

@@ -20,6 +20,7 @@ from graphopt.kernel import Kernel
 from graphopt.observe import Event, Matched, Observer, PassEnded, PassStarted, Warned, emit
 from graphopt.report import Report, ReportObserver
 from graphopt.rule import Rule
+from graphopt.runtime.ranks import Mesh
 from graphopt.translate import Translation
 from graphopt.weights import WeightStore
 
@@ -39,6 +40,7 @@ class Context:
         observers: who listens.
         strict: raise instead of falling back.
         replay: run GPU programs from a CUDA graph where that is safe.
+        mesh: the processes that collectives are bound to; without one they stay symbolic.
         deny: ids of matches that must not be applied.
         fuel: how many rewrites may still be applied; None is no bound. Counts down (for bisection).
     """
@@ -50,6 +52,7 @@ class Context:
     observers: tuple[Observer, ...] = ()
     strict: bool = False
     replay: bool = True
+    mesh: Mesh | None = None
     deny: frozenset[str] = frozenset()
     fuel: int | None = None
     run: object = None  # set by a lowering: what executes the program instead of the graph module

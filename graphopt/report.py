@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from graphopt.flops import unmatched
-from graphopt.graph import SIZE_OPS, is_call, op_name, schema_arguments
+from graphopt.graph import SIZE_OPS, is_call, op_name, schema_arguments, tensor
 from graphopt.observe import Event, KernelChosen, Matched, PassEnded, PassStarted, Refused, Warned
 from graphopt.rewrite import Match, Refusal
 
@@ -24,6 +24,11 @@ COLOURS = {"recognised": "green", "warning": "yellow", "not optimised": "bold re
 NEAR = (
     3  # a miss with fewer matched parts, at a node that another rule made, is not worth a line of the summary
 )
+QUANTIZED = "quantize"  # the pass whose graph holds packed weights
+SHARDED = "shard"  # the pass that puts collectives into a graph
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
+INT8 = "int8_linear"  # its rule
+SHOWN_KEPT = 3  # of the linears that were not quantized, in the summary
 SHOWN_MISSES = 5  # the summary's; the report keeps the nearest miss of every rule
 
 
@@ -59,6 +64,10 @@ class Report:
     """Why the original program runs and not ours: one sentence; None where ours runs."""
     weights_prepared: int = 0
     weights_prepared_bytes: int = 0
+    quantized: int | None = None
+    """How many weights are kept in fewer bits; None where nobody asked for it."""
+    quantized_bytes: tuple[int, int] = (0, 0)
+    """The bytes of those weights before, and now with their scales."""
 
     @property
     def unmatched_share(self) -> float:
@@ -80,6 +89,7 @@ class Report:
         fields["near_misses"] = {rule: Refusal(**r) for rule, r in fields.get("near_misses", {}).items()}
         fields["passes"] = tuple(PassRun(**p) for p in fields.get("passes", ()))
         fields["warnings"] = tuple(fields.get("warnings", ()))
+        fields["quantized_bytes"] = tuple(fields.get("quantized_bytes", (0, 0)))
         return cls(**fields)
 
     def summary(self) -> str:
@@ -119,8 +129,24 @@ class Report:
         if self.weights_prepared:
             size = f"{self.weights_prepared_bytes / 2**20:.1f} MiB"
             rows.append(("weights", f"{self.weights_prepared} prepared, {size}"))
+        if self.quantized is not None:
+            rows.append(("quantized", self._quantized()))
         rows += [("warning", text) for text in self.warnings]
         return rows
+
+    @property
+    def kept(self) -> tuple[Refusal, ...]:
+        """The linears that were not quantized, with the reasons."""
+        return tuple(r for r in self.refusals if r.rule == INT8)
+
+    def _quantized(self) -> str:
+        before, after = (f"{size / 2**20:.1f}" for size in self.quantized_bytes)
+        text = f"{_number(self.quantized or 0, 'weight', 'weights')}, {before} -> {after} MiB"
+        if not self.kept:
+            return text
+        shown = [f"{r.module_path or r.node} ({r.reason})" for r in self.kept[:SHOWN_KEPT]]
+        more = len(self.kept) - len(shown)
+        return f"{text}; kept {', '.join(shown)}" + (f", and {more} more" if more else "")
 
     def _headline(self) -> str:
         rules = len({m.rule for m in self.matches})
@@ -136,7 +162,9 @@ class Report:
         matched = {m.rule for m in self.matches}
         taken = {name for m in self.matches for name in m.nodes}
         made = {name for m in self.matches for name in m.new_nodes}
-        left = [r for r in self.near_misses.values() if r.rule not in matched and r.node not in taken]
+        left = [
+            r for r in self.near_misses.values() if r.rule not in {*matched, INT8} and r.node not in taken
+        ]
         left = [r for r in left if r.depth >= NEAR or r.node not in made]
         return sorted(left, key=lambda r: -r.depth)[:SHOWN_MISSES]
 
@@ -180,6 +208,12 @@ class ReportObserver:
     def _ended(self, event: PassEnded) -> None:
         run = PassRun(event.name, event.changed, event.seconds, self._before, len(event.gm.graph.nodes))
         self._report.passes += (run,)
+        if event.name == QUANTIZED:
+            self._report.quantized, *sizes = packed(event.gm.graph)
+            self._report.quantized_bytes = (sizes[0], sizes[1])
+        if event.name == SHARDED:
+            found = counts(event.gm.graph)
+            self._report.counts |= {name: found[name] for name in COLLECTIVES if name in found}
         if self._counted:
             return
         if event.name == RECOGNISED:
@@ -225,6 +259,19 @@ def counts(graph: fx.Graph) -> dict[str, int]:
     operators = (n for n in graph.nodes if is_call(n) and n.target not in SIZE_OPS)
     found = Counter(op_name(n) for n in operators if schema_arguments(n.target))
     return dict(sorted(found.items(), key=lambda item: ("." in item[0], -item[1], item[0])))
+
+
+def packed(graph: fx.Graph) -> tuple[int, int, int]:
+    """How many weights are packed into fewer bits, their bytes before, and then with their scales."""
+    calls = [n for n in graph.nodes if op_name(n).startswith("pack_")]
+    scales = dict.fromkeys(n for call in calls for n in call.all_input_nodes if n != call.args[0])
+    before = sum(_bytes(call.args[0]) for call in calls)
+    return len(calls), before, sum(_bytes(n) for n in (*calls, *scales))
+
+
+def _bytes(node: object) -> int:
+    value = tensor(node) if isinstance(node, fx.Node) else None
+    return 0 if value is None else value.numel() * value.element_size()
 
 
 def nearest(refusals: Iterable[Refusal]) -> dict[str, Refusal]:

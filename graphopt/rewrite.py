@@ -216,13 +216,14 @@ class Rewriter:
             torch_private.specialise(value, number)
         replaced = list(dict.fromkeys(binding.nodes.values()))
         origin = g.Origin(rule, identity, _stands_for(replaced))
+        grown = {n.target: n for n in replaced}  # an op that takes its neighbours up stays where it was
         template = Template(
             self.gm.graph,
             variant.replacement,
             binding,
             place.node,
             outputs,
-            lambda new, value: adopt(new, anchor, origin, value),
+            lambda new, old, value: adopt(new, grown.get(new.target, old or anchor), origin, value),
         )
         made = template.instantiate()
         for old, fresh in zip(outputs, made, strict=True):

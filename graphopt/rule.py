@@ -124,17 +124,19 @@ def rule(
 
     Args:
         shared: specs of parameters that several rules have alike; those of this rule alone are keywords.
+            A parameter that has a default may go without a spec.
 
     Raises:
         RuleError: a parameter of the pattern has no spec, or a spec no parameter.
     """
     names = pattern.__code__.co_varnames[: pattern.__code__.co_argcount]
+    needed = names[: len(names) - len(pattern.__defaults__ or ())]  # type: ignore[attr-defined]  # a function
     given = {**(shared or {}), **specs}
-    if set(names) != set(given):
+    if not set(needed) <= set(given) <= set(names):
         raise RuleError(
             f"{pattern.__name__} takes {names}, but specs are given for {tuple(given)}; name each once"
         )
-    ordered = {name: given[name] for name in names}
+    ordered = {name: given[name] for name in names if name in given}
     return Rule(pattern, replacement, MappingProxyType(ordered), tuple(carry), guard)
 
 

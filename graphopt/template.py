@@ -34,7 +34,8 @@ class Template:
     Attributes:
         place: the new nodes go right before this one.
         outputs: the nodes that the replacement's outputs stand in for; the new ones have their values.
-        adopt: gives a new node its provenance and its abstract value.
+        adopt: gives a new node its provenance (that of the old output that it stands for, if any) and its
+            abstract value.
     """
 
     graph: fx.Graph
@@ -42,7 +43,7 @@ class Template:
     binding: Binding
     place: fx.Node
     outputs: Sequence[fx.Node]
-    adopt: Callable[[fx.Node, object], None]
+    adopt: Callable[[fx.Node, fx.Node | None, object], None]
 
     def instantiate(self) -> list[object]:
         """Make the nodes; returns what stands for each output: a node, or a literal."""
@@ -77,7 +78,7 @@ class Template:
                     continue
                 node = self.call(part.target, args, kwargs)
                 old = results.get(part)
-                self.adopt(node, g.val(old) if old is not None else self.value(part, node, results))
+                self.adopt(node, old, g.val(old) if old is not None else self.value(part, node, results))
                 made[part] = node
         return [argument(p) for p in side.outputs]
 
@@ -98,7 +99,7 @@ class Template:
         if len(have) == len(sizes) and all(g.equal(a, g.number(b)) for a, b in zip(have, sizes, strict=True)):
             return x
         node = self.call(aten.reshape.default, (x, sizes))
-        self.adopt(node, fake_result(node))
+        self.adopt(node, None, fake_result(node))
         return node
 
     def value(self, part: Part, node: fx.Node, results: Mapping[Part, fx.Node]) -> object:

@@ -1,6 +1,7 @@
 """What is made of weights once and kept outside every graph, keyed by the tensors that it is made from.
 
 cat([w_q, w_k, w_v]) runs at first use, and again only when a source changed: in place, replaced, loaded.
+Of a model that is owned (`ownership`), the sources are released, weight by weight, as they are prepared.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import TypeAlias
 
 import torch
 from torch import fx
 
-from graphopt import torch_private
-from graphopt.errors import WeightError
+from graphopt import ownership, torch_private
+from graphopt.errors import ReleasedError, WeightError
 from graphopt.observe import Observer, Warned, emit
 
 log = logging.getLogger(__name__)
@@ -43,15 +45,33 @@ class PreparePlan:
     sources: tuple[int, ...]
     names: tuple[str, ...]
 
+    def moves(self) -> tuple[int, ...]:
+        """The sources whose strides change when they are released: they are no rows of the result."""
+        ways = ownership.ways(self.gm)
+        stay = {i for i, way in ways.items() if ownership.keeps_layout(way)}
+        return tuple(source for i, source in enumerate(self.sources) if i not in stay)
 
-@dataclass(frozen=True, eq=False)
-class _Entry:
+
+Key: TypeAlias = "tuple[str, tuple[int, ...]]"  # a plan's hash, its sources' identities
+State: TypeAlias = "tuple[tuple[int, int], ...]"  # (version, data pointer) of each source
+ANY = -1  # the version of a source that is an alias of what was prepared: writes to it are writes to that
+
+
+@dataclass(eq=False)
+class Entry:
     """One prepared tensor and the state of the sources it was made from."""
 
-    state: tuple[tuple[int, int], ...]  # (version, data pointer) of each source
+    plan: PreparePlan
+    state: State
     value: torch.Tensor
     nbytes: int  # 0 where it is a view of a source
     watch: tuple[weakref.ref[torch.Tensor], ...]  # each drops the entry when its source dies
+
+    def fits(self, state: State) -> bool:
+        """Whether it is what these sources would give now."""
+        return self.state == state or all(
+            p == q and v in (w, ANY) for (v, p), (w, q) in zip(self.state, state, strict=True)
+        )
 
 
 class WeightStore:
@@ -65,12 +85,14 @@ class WeightStore:
     Attributes:
         prepared: how often a prepare graph has run.
         observers: told (`Warned`) when weights cannot be kept.
+        owners: the models whose weights are released once they are prepared.
     """
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
         self.prepared = 0
         self.observers = observers
-        self._entries: dict[tuple[str, tuple[int, ...]], _Entry] = {}
+        self.owners = ownership.Owners()
+        self._entries: dict[Key, Entry] = {}
         self._bound: dict[int, dict[tuple[int, ...], _WeightSet]] = {}  # the fast paths of all `Prepared`
         self._lock = threading.RLock()
         self._epoch = 0  # counts refreshes
@@ -85,37 +107,120 @@ class WeightStore:
         """The memory that prepared tensors hold, in bytes; views of a source count nothing."""
         return sum(entry.nbytes for entry in list(self._entries.values()))
 
-    def get(self, sources: tuple[torch.Tensor, ...], plan: PreparePlan) -> torch.Tensor:
-        """The plan's result for these tensors, prepared now if it is missing or out of date."""
+    def get(
+        self, sources: tuple[torch.Tensor, ...], plan: PreparePlan, ours: Set[int] = frozenset()
+    ) -> torch.Tensor:
+        """The plan's result for these tensors, prepared now if it is missing or out of date.
+
+        Args:
+            ours: the ids of sources that will be released: the result is no part of one.
+        """
         state = _state(sources)
         if state is None:
             self._warn_uncached(sources, plan)
             return self._prepare(sources, plan)
         key = (plan.hash, tuple(map(id, sources)))
         entry = self._entries.get(key)
-        if entry is not None and entry.state == state:
+        if entry is not None and entry.fits(state):
             return entry.value
         with self._lock:
             entry = self._entries.get(key)
-            if entry is None or entry.state != state:
+            if entry is None or not entry.fits(state):
+                self._refuse_released(sources, plan)
                 self._drop_stale(key[1], state)
                 value = self._prepare(sources, plan)
-                watch = tuple(weakref.ref(s, _Dropper(self, key)) for s in sources)
-                entry = self._entries[key] = _Entry(state, value, _nbytes(value, sources), watch)
+                if any(_is_part(value, s) for s in sources if id(s) in ours):
+                    value = value.clone(memory_format=torch.contiguous_format)
+                entry = self.keep(sources, plan, value, state)
             return entry.value
 
-    def _drop_stale(self, identities: tuple[int, ...], state: tuple[tuple[int, int], ...]) -> None:
+    def keep(
+        self, sources: tuple[torch.Tensor, ...], plan: PreparePlan, value: torch.Tensor, state: State
+    ) -> Entry:
+        """Hold what was prepared of sources in that state."""
+        key = (plan.hash, tuple(map(id, sources)))
+        watch = tuple(weakref.ref(s, _Dropper(self, key)) for s in sources)
+        entry = self._entries[key] = Entry(plan, state, value, _nbytes(value, sources), watch)
+        return entry
+
+    def entries(self, source: torch.Tensor | None = None) -> list[tuple[tuple[torch.Tensor, ...], Entry]]:
+        """What is held and still right, with its sources; of one source, or of all."""
+        found = []
+        for key, entry in list(self._entries.items()):
+            sources = tuple(s for s in (ref() for ref in entry.watch) if s is not None)
+            if len(sources) < len(entry.watch) or (source is not None and id(source) not in key[1]):
+                continue
+            state = _state(sources)
+            if state is not None and entry.fits(state):
+                found.append((sources, entry))
+        return found
+
+    def _refuse_released(self, sources: tuple[torch.Tensor, ...], plan: PreparePlan) -> None:
+        """Raise for a source whose bytes are gone, with what is held of it."""
+        for source, name in zip(sources, plan.names, strict=True):
+            gone = ownership.is_stand_in(source)
+            if not gone and source in self.owners.released and source.isnan().all():
+                gone = True  # a stand-in that was cast or moved
+            if gone:
+                held = [
+                    f"{e.plan.hash} {list(e.value.shape)} {e.value.dtype}" for _, e in self.entries(source)
+                ]
+                raise ReleasedError(
+                    f"weight {name} {list(source.shape)} was released, and the form {plan.hash} of it that "
+                    f"the program needs is not held (held: {', '.join(held) or 'nothing'}); "
+                    f"{ownership.WAY_OUT}"
+                )
+
+    def admit(self, weights: Iterable[object]) -> None:
+        """A program is about to read these as they are: they stay. ReleasedError if one was released."""
+        with self._lock:
+            self.owners.admit(weights)
+
+    def release(self, source: torch.Tensor) -> None:
+        """Let go of an owned weight's memory: it becomes an alias of a prepared form, or a stand-in.
+
+        Not where a form is a view of it, or it of one already; nor where nothing would be saved.
+        """
+        held = self.entries(source)
+        if not held or ownership.is_stand_in(source) or any(_shares(e.value, source) for _, e in held):
+            return
+        home, new = None, None
+        for sources, entry in held:
+            at = next(i for i, s in enumerate(sources) if s is source)
+            way = ownership.ways(entry.plan.gm).get(at)
+            if way is not None:
+                home, new = entry, ownership.follow(way, entry.value)
+                break
+        with torch.inference_mode(False):
+            if new is not None:
+                source.data = new
+            elif ownership.can_stand_in(source):
+                self.owners.give_stand_in(source)
+            else:
+                return
+        for sources, entry in held:
+            state = (ANY if entry is home else source._version, source.data_ptr())
+            entry.state = tuple(
+                state if s is source else old for s, old in zip(sources, entry.state, strict=True)
+            )
+
+    def _drop_stale(self, identities: tuple[int, ...], state: State) -> None:
         """Drop what other plans made of an older state of the same tensors: after `model.to(dtype)`, say."""
-        stale = [k for k, e in list(self._entries.items()) if k[1] == identities and e.state != state]
+        stale = [k for k, e in list(self._entries.items()) if k[1] == identities and not e.fits(state)]
         for key in stale:
             self._entries.pop(key, None)
 
     def refresh(self, sources: Iterable[torch.Tensor] | None = None) -> None:
-        """Forget what was made of these tensors, or all: for writes that leave no trace (`p.data`, numpy)."""
+        """Forget what was made of these tensors, or all: for writes that leave no trace (`p.data`, numpy).
+
+        What is the only form of a released weight is kept.
+        """
         changed = None if sources is None else set(map(id, sources))
         with self._lock:
             self._epoch += 1
-            for key in list(self._entries):
+            for key, entry in list(self._entries.items()):
+                if any(ownership.is_stand_in(ref()) for ref in entry.watch):
+                    continue
                 if changed is None or not changed.isdisjoint(key[1]):
                     self._entries.pop(key, None)
             self._forget_sets()
@@ -144,7 +249,7 @@ class WeightStore:
         log.warning(message)
         emit(self.observers, Warned(message))
 
-    def _forget(self, key: tuple[str, tuple[int, ...]]) -> None:
+    def _forget(self, key: Key) -> None:
         # Runs in whatever thread frees the tensor, maybe in the middle of one of our own methods: no lock,
         # only single dict operations, which are atomic.
         self._entries.pop(key, None)
@@ -166,7 +271,7 @@ class _Dropper:
 
     __slots__ = ("key", "store")
 
-    def __init__(self, store: WeightStore, key: tuple[str, tuple[int, ...]]) -> None:
+    def __init__(self, store: WeightStore, key: Key) -> None:
         self.store = weakref.ref(store)
         self.key = key
 
@@ -215,18 +320,38 @@ class Prepared(torch.nn.Module):
         return self._look_up(sources)
 
     def _look_up(self, sources: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        epoch, state = self.store._epoch, _state(sources)
-        values = tuple(
-            self.store.get(tuple(sources[i] for i in at), plan)
-            for plan, at in zip(self.plans, self.arguments, strict=True)
-        )
+        store = self.store
+        epoch = store._epoch
+        if store.owners:
+            with store._lock:  # no thread may see a source that is being released
+                values, state = self._prepare_and_release(sources), _state(sources)
+        else:
+            state = _state(sources)
+            values = tuple(
+                store.get(tuple(sources[i] for i in at), plan)
+                for plan, at in zip(self.plans, self.arguments, strict=True)
+            )
         if state is None:
             return values
-        with self.store._lock:  # against a refresh between the look-up and here
-            if epoch == self.store._epoch:
+        with store._lock:  # against a refresh between the look-up and here
+            if epoch == store._epoch:
                 versions, pointers = zip(*state, strict=True)
                 self._sets[tuple(map(id, sources))] = _WeightSet(versions, pointers, values)
         return values
+
+    def _prepare_and_release(self, sources: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Weight by weight, so that the peak is one weight above what stays."""
+        ours = self.store.owners.releasable()
+        last = {
+            i: n for n, at in enumerate(self.arguments) for i in at
+        }  # source -> the last plan that reads it
+        values = []
+        for n, (plan, at) in enumerate(zip(self.plans, self.arguments, strict=True)):
+            values.append(self.store.get(tuple(sources[i] for i in at), plan, ours))
+            for source in (sources[i] for i in dict.fromkeys(at) if last[i] == n):
+                if id(source) in ours and _state((source,)) is not None:
+                    self.store.release(source)
+        return tuple(values)
 
     def __repr__(self) -> str:
         return f"Prepared({len(self.plans)} weights)"
@@ -240,7 +365,7 @@ def prepared_weights(prepared: Prepared, *sources: torch.Tensor) -> tuple[torch.
     return prepared.forward(*sources)  # past nn.Module.__call__: 2 us
 
 
-def _state(sources: tuple[torch.Tensor, ...]) -> tuple[tuple[int, int], ...] | None:
+def _state(sources: tuple[torch.Tensor, ...]) -> State | None:
     """Version and data pointer of each tensor; None where one has none to trust (inference, fake)."""
     if any(s.is_inference() or isinstance(s, torch_private.FakeTensor) for s in sources):
         return None
@@ -253,8 +378,17 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 
 
+def _shares(one: torch.Tensor, two: torch.Tensor) -> bool:
+    pointer = one.untyped_storage().data_ptr()
+    return pointer != 0 and pointer == two.untyped_storage().data_ptr()  # 0: on meta
+
+
+def _is_part(value: torch.Tensor, source: torch.Tensor) -> bool:
+    """Whether a value is a view of some of a source: it would keep all of it."""
+    return value.numel() < source.numel() and _shares(value, source)
+
+
 def _nbytes(value: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> int:
-    storage = value.untyped_storage()
-    if any(storage.data_ptr() == s.untyped_storage().data_ptr() for s in sources):
+    if any(_shares(value, s) for s in sources):
         return 0
-    return storage.nbytes()
+    return value.untyped_storage().nbytes()

@@ -14,6 +14,7 @@ from graphopt import graph as g
 from graphopt import torch_private
 from graphopt.listing import listing
 from graphopt.lowering.cache_writes import advance_lengths, group_cache_writes
+from graphopt.lowering.collectives import bind_collectives
 from graphopt.lowering.direct import call_directly
 from graphopt.lowering.fold import fold, shift_norm_weights
 from graphopt.lowering.masks import lower_masks
@@ -53,12 +54,13 @@ class Lower:
         update_fresh(gm.graph)
         if target != CPU:
             target_named(target)
+            advance_lengths(gm.graph)  # before the writes: they read a length that is not advanced yet
             group_cache_writes(gm.graph)
-            advance_lengths(gm.graph)
         fold(gm, ctx.store)
         plain = replayable(gm.graph) if target != CPU else "a CPU has no graphs"
         parts = roles(gm.graph)  # by schemas, which kernels do not have
         g.eliminate_dead_code(gm.graph)  # the last: kernels are plain functions, of which it knows nothing
+        bind_collectives(gm.graph, ctx.mesh)
         select(gm.graph, ctx.kernels, target, ctx.observers)
         keep_output_strides(gm)
         call_directly(gm.graph)

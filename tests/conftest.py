@@ -24,6 +24,15 @@ def modes_are_left_as_they_were() -> Iterator[None]:
     assert after == before, f"gradients were {before} before the test and are {after} after it"
 
 
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Tests that are marked `gpu` run where there is one, and no other test is left out."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 Program = Callable[..., object]
 Rules = Sequence[Rule | Translation]
 

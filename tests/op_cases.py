@@ -1,5 +1,6 @@
 """Calls of every op over tidy, ugly, single, empty, permuted and expanded inputs, for the tests of ops."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,9 +18,28 @@ def rand(*shape: int, dtype: torch.dtype = F32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=F32).to(dtype)
 
 
+def codes(*shape: int) -> Tensor:
+    """Numbers of int8."""
+    return (rand(*shape) * 40).round().clamp(-127, 127).to(torch.int8)
+
+
 def swapped(x: Tensor) -> Tensor:
     """The same values in memory that is laid out as models do: [B, S, H, D] seen as [B, H, S, D]."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def fused_arguments(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, **parts: object
+) -> tuple[object, ...]:
+    """The arguments of `fused_linear` in order, with only those parts that are given."""
+    plain: dict[str, object] = dict.fromkeys(inspect.signature(ops.fused_linear).parameters)
+    plain |= {"x": x, "weight": weight, "bias": bias, "eps": 0.0, "weight_offset": 0.0}
+    return tuple((plain | {"cast_before_scale": True, "gated": False} | parts).values())
+
+
+def fused(x: Tensor, weight: Tensor, bias: Tensor | None = None, **parts: object) -> Tensor:
+    """A `fused_linear` with only those parts that are given."""
+    return ops.fused_linear(*fused_arguments(x, weight, bias, **parts))  # type: ignore[arg-type]  # in order
 
 
 @dataclass(frozen=True)
@@ -57,6 +77,10 @@ def norm_cases() -> list[Case]:
             Case(ops.rms_norm, f"{label} bare", lambda d, x=x: (x(d), None, 1e-6)),
             Case(ops.rms_norm, f"{label} late", lambda d, x=x, w=w: (x(d), w(d), 1e-6, 1.0, False)),
             Case(ops.add_rms_norm, label, lambda d, x=x, w=w: (x(d), x(d), w(d), 1e-6)),
+            Case(ops.rms_norm_residual, label, lambda d, x=x, w=w: (x(d), w(d), 1e-6, 0.0, True, x(d))),
+            Case(
+                ops.rms_norm_residual, f"{label} late", lambda d, x=x: (x(d), None, 0.5, 0.0, False, x(F32))
+            ),
             Case(ops.layer_norm, label, lambda d, x=x, w=w: (x(d), w(d), w(d), 1e-5)),
             Case(ops.layer_norm, f"{label} bare", lambda d, x=x: (x(d), None, None, 1e-5)),
             Case(ops.add_layer_norm, label, lambda d, x=x, w=w: (x(d), x(d), w(d), None, 1e-5)),
@@ -180,19 +204,100 @@ def linear_cases() -> list[Case]:
         cases += [
             Case(ops.linear, f"{shape} {out}", lambda d, x=x, wb=wb: (x(d), *wb(d))),
             Case(ops.linear, f"{shape} {out} bare", lambda d, x=x, wb=wb: (x(d), wb(d)[0], None)),
-            Case(
-                ops.linear_epilogue,
-                f"{shape} {out}",
-                lambda d, x=x, wb=wb, y=y: (x(d), *wb(d), "gelu", y(d), y(F32)),
-            ),
-            Case(
-                ops.linear_epilogue,
-                f"{shape} {out} bare",
-                lambda d, x=x, wb=wb: (x(d), *wb(d), None, None, None),
-            ),
         ]
+        v = lambda d, shape=shape: rand(shape[-1], dtype=d)
+        parts: dict[str, Callable[[torch.dtype], dict[str, object]]] = {
+            "bare": lambda d: {},
+            "added to": lambda d, y=y: {"activation": "gelu", "residual": y(F32)},
+            "gated": lambda d: {"activation": "silu", "gated": True},
+            "rms": lambda d, v=v, y=y: {"norm": "rms", "norm_weight": v(d), "eps": 1e-6, "residual": y(d)},
+            "late rms": lambda d, v=v: {
+                "norm": "rms", "norm_weight": v(F32), "eps": 0.5, "weight_offset": 1.0,
+                "cast_before_scale": False,
+            },
+            "layer": lambda d, v=v: {"norm": "layer", "norm_weight": v(d), "norm_bias": v(d), "eps": 1e-5},
+        }  # fmt: skip
+        for what, of in parts.items():
+            pairs = lambda d, wb=wb, twice=what == "gated": [torch.cat((t, t)) if twice else t for t in wb(d)]
+            cases.append(
+                Case(
+                    ops.fused_linear,
+                    f"{shape} {out} {what}",
+                    lambda d, x=x, pairs=pairs, of=of: fused_arguments(x(d), *pairs(d), **of(d)),
+                )
+            )
+        if shape[-1]:
+            packed = lambda d, k=shape[-1], out=out: (codes(out, k), rand(out, dtype=d))
+            cases.append(
+                Case(
+                    ops.fused_linear,
+                    f"{shape} {out} int8",
+                    lambda d, x=x, packed=packed, out=out: fused_arguments(
+                        x(d), *packed(d), scales=rand(out, 1, dtype=d), activation="relu"
+                    ),
+                )
+            )
     permuted = lambda d: rand(4, 3, 6, dtype=d).transpose(0, 1)
     cases.append(Case(ops.linear, "permuted", lambda d: (permuted(d), rand(5, 6, dtype=d), None)))
+    return cases
+
+
+def quantized_cases() -> list[Case]:
+    """Weights [N, K] in groups, and linears on them at x [..., K]."""
+    cases = []
+    for shape, n, group in (
+        ((2, 3, 128), 8, 64),
+        ((7, 51), 5, 3),
+        ((1, 1, 1), 1, 1),
+        ((24,), 4, 24),
+        ((0, 6), 4, 2),
+        ((3, 0), 4, 2),
+        ((3, 6), 0, 2),
+    ):
+        w = lambda d, n=n, k=shape[-1]: rand(n, k, dtype=d)
+        s = lambda d, w=w, group=group: ops.scales_int8.reference(w(d), group)
+        p = lambda d, w=w, s=s: ops.pack_int8.reference(w(d), s(d))
+        x, label = lambda d, shape=shape: rand(*shape, dtype=d), f"{shape} {n} {group}"
+        cases += [
+            Case(ops.scales_int8, label, lambda d, w=w, group=group: (w(d), group)),
+            Case(ops.pack_int8, label, lambda d, w=w, s=s: (w(d), s(d))),
+            Case(ops.linear_int8, label, lambda d, x=x, p=p, s=s, n=n: (x(d), p(d), s(d), rand(n, dtype=d))),
+            Case(ops.linear_int8, f"{label} bare", lambda d, x=x, p=p, s=s: (x(d), p(F32), s(F32), None)),
+        ]
+    turned = lambda d: rand(12, 8, dtype=d).T
+    cases.append(Case(ops.scales_int8, "transposed", lambda d: (turned(d), 4)))
+    cases.append(Case(ops.pack_int8, "transposed", lambda d: (turned(d), rand(8, 3, dtype=d).abs())))
+    return cases
+
+
+def write_cases() -> list[Case]:
+    """Keys and values (B, H, Hk, L, S, D) written to caches in place, rotated and not."""
+    cases = []
+    for b, h, hk, length, s, d in (
+        (2, 4, 2, 8, 3, 6),
+        (3, 2, 2, 7, 1, 4),
+        (1, 1, 1, 1, 1, 2),
+        (2, 2, 1, 4, 0, 2),
+    ):
+        kv = lambda t, b=b, hk=hk, s=s, d=d: (
+            rand(b, hk, s, d, dtype=t),
+            swapped(rand(b, hk, s, d, dtype=t)),
+        )
+        cached = lambda t, b=b, hk=hk, n=length, d=d: (rand(b, hk, n, d, dtype=t), rand(b, hk, n, d, dtype=t))
+        q = lambda t, b=b, h=h, s=s, d=d: swapped(rand(b, h, s, d, dtype=t))
+        turn = lambda t, s=s, d=d: (rand(1, s, d).cos().to(t), rand(1, s, d).sin(), d, False)
+        at = lambda s=s, n=length: (torch.arange(n - s, n).flip(0), None)
+        since = lambda s=s, n=length: (None, torch.tensor(n - s, dtype=torch.int32))
+        norms = lambda t, d=d: (rand(d, dtype=t), rand(d, dtype=t), 1e-6, 1.0, False)
+        sizes = f"{(b, h, hk, length, s, d)}"
+        bare = lambda t: (None, None, 0.0, 0.0, True)
+        for rows, norm in ((at, norms), (since, bare)):
+            label = f"{sizes} {'at positions' if rows is at else 'since'}"
+            plain = lambda t, kv=kv, c=cached, r=rows: (*kv(t), *c(t), *r())
+            turned = lambda t, q=q, kv=kv, turn=turn, norm=norm, c=cached, r=rows: (
+                *(q(t), *kv(t), *turn(t), *norm(t), *c(t), *r()),
+            )
+            cases += [Case(ops.cache_write, label, plain), Case(ops.rope_write, label, turned)]
     return cases
 
 
@@ -219,11 +324,22 @@ def cache_cases() -> list[Case]:
     return cases
 
 
-CASES = [*norm_cases(), *rope_cases(), *attention_cases(), *scores_cases(), *linear_cases(), *cache_cases()]
+CASES = [
+    *norm_cases(),
+    *rope_cases(),
+    *attention_cases(),
+    *scores_cases(),
+    *linear_cases(),
+    *quantized_cases(),
+    *cache_cases(),
+    *write_cases(),
+]
 
 
 def tensors(outputs: object) -> tuple[Tensor, ...]:
     """An op's results as a tuple."""
+    if outputs is None:  # what only writes
+        return ()
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)  # type: ignore[arg-type]
 
 

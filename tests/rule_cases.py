@@ -12,18 +12,21 @@ from torch import Tensor
 from graphopt import graph as g
 from graphopt.binding import evaluate
 from graphopt.defaults import RULES
+from graphopt.patterns.fused import FUSIONS
 from graphopt.rule import Carried, Float, Parameter, Part, Rule, Side, Symbolic, T, Text
 from graphopt.translate import Translation
 
+TABLES = (RULES, *FUSIONS)  # what runs together
 EQUATIONS = tuple(r for r in RULES if isinstance(r, Rule))
+FUSED_EQUATIONS = tuple(r for table in FUSIONS for r in table if isinstance(r, Rule) and r not in EQUATIONS)
 TRANSLATIONS = tuple(r for r in RULES if isinstance(r, Translation))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Sizes by name. Heads are even where a rope halves them; a cache is longer than what is written to it.
 TIDY = {"b": 2, "h": 4, "hk": 2, "g": 3, "s": 4, "t": 6, "l": 8, "d": 8, "e": 10, "n": 16, "k": 12}
-TIDY |= {"rotary": 4, "batch": 2, "length": 4}
+TIDY |= {"rotary": 4, "batch": 2, "length": 4, "j": 3}  # j groups of k
 UGLY = {"b": 3, "h": 5, "hk": 3, "g": 2, "s": 3, "t": 7, "l": 9, "d": 6, "e": 11, "n": 13, "k": 5}
-UGLY |= {"rotary": 2, "batch": 3, "length": 7}
+UGLY |= {"rotary": 2, "batch": 3, "length": 7, "j": 1}
 # All alike: the only sizes at which a wrong axis or permutation gives a graph that runs.
 SQUARE = dict.fromkeys(TIDY, 4) | {"hk": 2, "g": 2, "rotary": 2, "batch": 2, "length": 2}
 LOWEST = frozenset(torch.finfo(d).min for d in DTYPES)  # what a hidden score is filled with
@@ -68,6 +71,11 @@ class Point:
         return (
             self.dtypes.get(spec.dtype, torch.float32) if len(spec.dtype) == 1 else getattr(torch, spec.dtype)
         )
+
+
+def table_of(rule: Rule) -> tuple[Rule | Translation, ...]:
+    """The rules that a rule runs together with."""
+    return next(table for table in TABLES if rule in table)
 
 
 def tensors(rule: Rule) -> dict[str, T]:
@@ -130,6 +138,8 @@ def _tensor(shape: tuple[int, ...], dtype: torch.dtype, random: torch.Generator)
         return hidden & (
             torch.arange(shape[-1]) > 0
         )  # every row keeps a key: eager's rows without one are nan
+    if dtype == torch.int8:
+        return torch.randint(-1, 2, shape, generator=random, dtype=dtype)  # sums stay small
     return torch.randperm(math.prod(shape), generator=random).reshape(shape)
 
 
@@ -201,7 +211,33 @@ def _rope_arguments(v: Values) -> tuple[dict[str, object], list[dict[str, object
     return {"interleaved": False}, [{"interleaved": True}]
 
 
+def _fused_arguments(v: Values) -> tuple[dict[str, object], list[dict[str, object]]]:
+    x, weight = v["x"], v["weight"]
+    assert isinstance(x, Tensor) and isinstance(weight, Tensor)
+    random = torch.Generator().manual_seed(14)
+    part = lambda *shape: torch.randn(shape, generator=random).to(x.dtype)
+    features, inner = weight.shape
+    plain: dict[str, object] = dict.fromkeys(
+        ("bias", "norm", "norm_weight", "norm_bias", "activation", "residual")
+    )
+    plain |= {"eps": 0.0, "weight_offset": 0.0, "cast_before_scale": True, "gated": False}
+    late = {"eps": 0.125, "weight_offset": 1.0, "cast_before_scale": False}
+    return plain, [
+        {"bias": part(features)},
+        {"norm": "rms", "norm_weight": part(inner), "eps": 0.125},
+        {"norm": "rms", "norm_weight": part(inner), **late},
+        {"norm": "layer", "norm_weight": part(inner), "norm_bias": part(inner), "eps": 0.125},
+        {"activation": "gelu"},
+        {"activation": "silu", "gated": features % 2 == 0},
+        {"activation": "relu", "residual": part(*x.shape[:-1], features)},
+        {"bias": part(features), "residual": part(features)},
+    ]
+
+
 CARRIED = {
+    "fused_linear": _fused_arguments,
+    "add_rms_norm": _norm_arguments,
+    "add_layer_norm": _norm_arguments,
     "attention_scores": _attention_arguments,
     "attention": _attention_arguments,
     "rms_norm": _norm_arguments,

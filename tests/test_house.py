@@ -18,6 +18,7 @@ FACADES = {
     "graphopt.defaults": "defaults",
     "graphopt": "doors",
     "graphopt.api": "doors",
+    "graphopt.artifact": "doors",
     "graphopt.backend": "doors",
 }
 # `import graphopt` offers everything by name, the tools too; only its users import it.
@@ -132,9 +133,13 @@ def layer(name: str) -> str:
     if head != "graphopt":
         return "outside"
     folder = rest.partition(".")[0]
-    return {"passes": "rooms", "ops": "ops", "tools": "tools", **dict.fromkeys(ROOMS, "rooms")}.get(
-        folder, "core"
-    )
+    return {
+        "passes": "rooms",
+        "sharding": "rooms",
+        "ops": "ops",
+        "tools": "tools",
+        **dict.fromkeys(ROOMS, "rooms"),
+    }.get(folder, "core")
 
 
 def room(name: str) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from graphopt import ops
 from graphopt.accuracy import judge
 from graphopt.kernel import Case, Kernel, Tensor
-from graphopt.kernels import attention, cache, layer_norm, linear, mlp, rms_norm, rope
+from graphopt.kernels import attention, cache, layer_norm, linear, linear_int8, mlp, rms_norm, rope
 from tests.graphs import node_of, node_of_case
 from tests.tolerances import close
 
@@ -20,6 +20,7 @@ KERNELS: tuple[Kernel, ...] = (
     *rope.KERNELS,
     *attention.KERNELS,
     *linear.KERNELS,
+    *linear_int8.KERNELS,
     *mlp.KERNELS,
     *cache.KERNELS,
 )
@@ -111,16 +112,6 @@ REFUSALS = [
         "rope_rolled",
         (Q, K, tensor(1, 5, 8, dtype=BF16), tensor(1, 5, 8), 8),
         "cos is torch.bfloat16, q is torch.float32",
-    ),
-    (
-        "linear_epilogue_torch",
-        (X, tensor(4, 8), None, None, tensor(4), None),
-        "gate is (4,), the product is (2, 3, 4)",
-    ),
-    (
-        "linear_epilogue_torch",
-        (X, tensor(4, 8), None, None, None, tensor(2, 3, 4, dtype=BF16)),
-        "residual is torch.bfloat16, x is torch.float32",
     ),
     ("gated_activation_torch", (X, X.bfloat16(), "silu"), "gate is torch.float32, up is torch.bfloat16"),
     ("gated_activation_torch", (X, W, "silu"), "gate is (2, 3, 8), up is (8,)"),

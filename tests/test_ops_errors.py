@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from graphopt import ops
+from tests import op_cases
 
 E = torch.empty
 INT = torch.int64
@@ -27,6 +28,26 @@ def rotates(**options: object) -> Callable[[], object]:
 def updates(new: Tensor, position: Tensor | None = None) -> Callable[[], object]:
     """A call of cache_update at B=2, H=4, L=5, D=8."""
     return lambda: ops.cache_update(E(2, 4, 5, 8), new, position)
+
+
+def fused(x: Tensor | None = None, weight: Tensor | None = None, **parts: object) -> object:
+    """A call of fused_linear at x [3, 5], weight [4, 5], with other arguments put in."""
+    return op_cases.fused(E(3, 5) if x is None else x, E(4, 5) if weight is None else weight, **parts)
+
+
+def writes(**options: object) -> object:
+    """A call of cache_write at B=2, H=2, S=3, L=5, D=8, with other arguments put in."""
+    sizes = {"k": E(2, 2, 3, 8), "v": E(2, 2, 3, 8), "k_cache": E(2, 2, 5, 8), "v_cache": E(2, 2, 5, 8)}
+    return ops.cache_write(**{**sizes, "position": torch.arange(3), "start": None, **options})  # type: ignore[arg-type]
+
+
+def rope_writes(**options: object) -> object:
+    """A call of rope_write at the sizes of `writes`, with other arguments put in."""
+    sizes = {"q": E(2, 4, 3, 8), "k": E(2, 2, 3, 8), "v": E(2, 2, 3, 8), "cos": E(1, 3, 8), "sin": E(1, 3, 8)}
+    norms = {"q_norm": None, "k_norm": None, "eps": 1e-6, "weight_offset": 0.0, "cast_before_scale": True}
+    caches = {"k_cache": E(2, 2, 5, 8), "v_cache": E(2, 2, 5, 8), "position": torch.arange(3), "start": None}
+    plain = {**sizes, "rotary_dim": 8, "interleaved": False, **norms, **caches}
+    return ops.rope_write(**{**plain, **options})  # type: ignore[arg-type]
 
 
 x, w = E(3, 5), E(5)
@@ -55,9 +76,28 @@ ERRORS: dict[str, Callable[[], object]] = {
     "linear: last size of x is 5; it must be 6": lambda: ops.linear(x, E(4, 6), None),
     "linear: bias has 2 dimensions; it must have 1": lambda: ops.linear(x, E(4, 5), E(1, 4)),
     "linear: size of bias is 5; it must be 4": lambda: ops.linear(x, E(4, 5), w),
-    "kind 'elu' is not one of silu": lambda: ops.linear_epilogue(x, E(4, 5), None, "elu", None, None),
-    "linear_epilogue: last size of x is 5; it must be 7": lambda: ops.linear_epilogue(
-        x, E(4, 7), None, None, None, None
+    "kind 'elu' is not one of silu": lambda: fused(activation="elu"),
+    "fused_linear: last size of x is 5; it must be 7": lambda: fused(weight=E(4, 7)),
+    "fused_linear: weight has 1 dimensions; it must have 2": lambda: fused(weight=E(5)),
+    "fused_linear: scales has 1 dimensions; it must have 2": lambda: fused(scales=E(4)),
+    "fused_linear: rows of scales is 3; it must be 4": lambda: fused(scales=E(3, 1)),
+    "fused_linear: gated without an activation": lambda: fused(gated=True),
+    "fused_linear: gated with 3 rows; it takes gate and up": lambda: fused(
+        weight=E(3, 5), gated=True, activation="silu"
+    ),
+    "fused_linear: norm 'batch' is not one of rms, layer": lambda: fused(norm="batch"),
+    "rope_write: give both of q_norm and k_norm, or none": lambda: rope_writes(q_norm=E(8)),
+    "rope_write: head_dim of v is 9; it must be 8": lambda: rope_writes(v=E(2, 2, 3, 9)),
+    "cache_write: k has 3 dimensions; it must have 4": lambda: writes(k=E(2, 2, 8)),
+    "cache_write: number of heads of k is 3; it must be 2": lambda: writes(k=E(2, 3, 3, 8)),
+    "cache_write: v is torch.float64; it must be torch.float32, as its cache": lambda: writes(
+        v=E(2, 2, 3, 8, dtype=torch.float64)
+    ),
+    "cache_write: give one of position and start": lambda: writes(start=torch.tensor(0)),
+    "cache_write: position is torch.float32; it must be int64 or int32": lambda: writes(position=E(3)),
+    "cache_write: size of position is 2; it must be 3": lambda: writes(position=torch.arange(2)),
+    "cache_write: number of elements of start is 2; it must be 1": lambda: writes(
+        position=None, start=torch.arange(2)
     ),
     "rope: k is torch.int64; it must be floating": rotates(k=E(2, 2, 3, 8, dtype=INT)),
     "rope: q has 3 dimensions; it must have 4": rotates(q=E(2, 3, 8)),
@@ -133,7 +173,7 @@ def test_guards_speak_before_anything_runs() -> None:
     with pytest.raises(ValueError, match="cache_update: head_dim of new is 9; it must be 8"):
         ops.cache_update(k, E(2, 2, 3, 9, device="meta"), None)
     with pytest.raises(ValueError, match="kind 'x' is not one of"):
-        ops.linear_epilogue(k, E(4, 8, device="meta"), None, "x", None, None)
+        fused(k, E(4, 8, device="meta"), activation="x")
     with pytest.raises(ValueError, match="rms_norm: size of weight is 2; it must be 8"):
         ops.rms_norm(k, E(2, device="meta"), 1e-6)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from graphopt import ops
-from tests.op_cases import BF16, DTYPES, F16, F32, F64, rand, swapped
+from tests.op_cases import BF16, DTYPES, F16, F32, F64, fused, rand, swapped
 from tests.tolerances import close
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,8 +155,10 @@ def test_activations(kind: str, dtype: torch.dtype) -> None:
     close(ops.gated_activation(gate, up, kind), FORMULAS[kind](gate.double()) * up.double(), dtype)
     x, w, b = rand(5, 16, dtype=dtype) / 4, rand(123, 16, dtype=dtype), rand(123, dtype=dtype)
     y = F.linear(x, w, b)
-    expected = FORMULAS[kind](y.double()) * gate[:5].double() + up[:5].double()
-    close(ops.linear_epilogue(x, w, b, kind, gate[:5], up[:5]), expected, dtype)
+    expected = FORMULAS[kind](y.double()) + up[:5].double()
+    close(fused(x, w, b, activation=kind, residual=up[:5]), expected, dtype)
+    both = fused(x, torch.cat((w, w.flip(0))), activation=kind, gated=True)
+    close(both, FORMULAS[kind](F.linear(x, w).double()) * F.linear(x, w.flip(0)).double(), dtype)
 
 
 def test_every_kind_has_a_formula() -> None:
@@ -172,7 +174,7 @@ def test_linear(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     scale = max(shape[-1], 1) ** -0.5
     close(ops.linear(x * scale, w, b), (x * scale).double() @ w.double().T + b.double(), dtype)
     assert torch.equal(ops.linear(x, w, b), F.linear(x, w, b))
-    assert torch.equal(ops.linear_epilogue(x, w, None, None, None, None), F.linear(x, w))
+    assert torch.equal(fused(x, w), F.linear(x, w))
 
 
 def test_results_promote_as_eager_does() -> None:
@@ -180,12 +182,8 @@ def test_results_promote_as_eager_does() -> None:
     w = rand(4, 4, dtype=F16)
     assert ops.gated_activation(half, single, "silu").dtype == (F.silu(half) * single).dtype == F32
     assert ops.gated_activation(half, half, "silu").dtype == F16
-    assert ops.linear_epilogue(half, w, None, None, None, single).dtype == F32
-    assert (
-        ops.linear_epilogue(half, w, None, None, scalar, None).dtype
-        == (F.linear(half, w) * scalar).dtype
-        == F16
-    )
+    assert fused(half, w, residual=single).dtype == (F.linear(half, w) + single).dtype == F32
+    assert fused(half, w, residual=scalar).dtype == (F.linear(half, w) + scalar).dtype == F16
 
 
 @every_dtype

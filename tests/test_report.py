@@ -192,3 +192,28 @@ def test_rich_shows_the_same_lines() -> None:
     Console(file=out, width=200).print(report)
     shown = [line.split() for line in out.getvalue().splitlines()]
     assert shown == [line.split() for line in str(report).splitlines()]
+
+
+def test_packed_weights_are_counted_with_their_scales() -> None:
+    s = Sketch()
+    x, w, v = s.input("x", 2, 128), s.weight("w", 32, 128), s.weight("v", 8, 128)
+    scales = s.call(ops.scales_int8.overload, w, 64)
+    packs = [s.call(ops.pack_int8.overload, w, scales)]
+    outs = [
+        s.call(ops.linear_int8.overload, x, packs[0], scales, None),
+        s.call(ops.linear.overload, x, v, None),
+    ]
+    gm = s.done(*outs)
+    kept = [refusal("int8_linear", f"linear_{i}", 1, "64 weights < 4096") for i in range(4)]
+    report = reported(PassEnded("quantize", 3, gm, True, 0.0), *map(Refused, kept))
+    assert report.quantized == 1 and report.quantized_bytes == (32 * 128 * 4, 32 * 128 + 32 * 2 * 4)
+    assert report.kept == tuple(kept) and Report.from_json(report.to_json()) == report
+    (row,) = [line for line in str(report).splitlines() if line.startswith("quantized")]
+    assert "1 weight, 0.0 -> 0.0 MiB; kept layers.0.attn (64 weights < 4096), " in row
+    assert row.endswith(", and 1 more") and "near miss" not in str(report)
+
+
+def test_a_report_without_quantization_says_nothing_of_it() -> None:
+    assert full().quantized is None and "quantized" not in str(full())
+    nothing = reported(PassEnded("quantize", 3, recognised(), False, 0.0))
+    assert nothing.quantized == 0 and "0 weights, 0.0 -> 0.0 MiB" in str(nothing)

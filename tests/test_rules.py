@@ -22,6 +22,7 @@ from tests.rule_cases import (
     AROUND,
     DTYPES,
     EQUATIONS,
+    FUSED_EQUATIONS,
     SQUARE,
     TIDY,
     Point,
@@ -31,11 +32,12 @@ from tests.rule_cases import (
     pattern_of,
     points,
     run,
+    table_of,
     tensors,
 )
 from tests.tolerances import close
 
-by_rule = pytest.mark.parametrize("rule", EQUATIONS, ids=lambda r: r.name)
+by_rule = pytest.mark.parametrize("rule", (*EQUATIONS, *FUSED_EQUATIONS), ids=lambda r: r.name)
 # Where a rule is right not to fire on its own pattern.
 UNFIRED = frozenset(
     {
@@ -132,11 +134,12 @@ def test_fires_on_its_own_pattern(rule: Rule, dtype: torch.dtype) -> None:
         again, more = rewritten(after, (rule,))
         assert not more.matches and g.fingerprint(again.graph) == g.fingerprint(after.graph), label
         if dtype == torch.float32 and label in ("tidy", "square"):
-            whole, _ = rewritten(before, RULES)
+            table = table_of(rule)
+            whole, _ = rewritten(before, table)
             assert set(vocabulary(after)) <= {*vocabulary(whole), "attention_scores"}, label
             for triple in zip(exact, eager, whole(*inputs), strict=True):
                 agree(*triple, dtype, label)
-            assert not rewritten(whole, RULES)[1].matches
+            assert not rewritten(whole, table)[1].matches
 
 
 @by_rule
@@ -154,7 +157,8 @@ def test_fires_with_symbols(rule: Rule) -> None:
     for spec in tensors(rule).values():
         sizes: list[object] = []
         for word in spec.dims.split():
-            factors = [symbols[f] for f in word.removesuffix("|1").split("*")] if word[:3] != "..." else []
+            named = word.removesuffix("|1").split("*") if word[:3] != "..." else []
+            factors = [int(f) if f.isdigit() else symbols[f] for f in named]
             sizes += [math.prod(factors)] if factors else lead
         with mode:
             fakes.append(torch.empty(sizes, dtype=at.dtype(spec)))  # type: ignore[call-overload]  # symbolic sizes
@@ -196,7 +200,7 @@ def test_no_mutant_of_the_pattern_becomes_something_else(rule: Rule) -> None:
         model, inputs = pattern_of(rule, arguments(rule, at))
         gm = canonical(model, *inputs)
         for label, mutant in mutants(gm):
-            for rules in ((rule,), RULES) if sizes is SQUARE else ((rule,),):
+            for rules in ((rule,), table_of(rule)) if sizes is SQUARE else ((rule,),):
                 after, seen = rewritten(mutant, rules)
                 if not seen.matches:
                     refused += 1

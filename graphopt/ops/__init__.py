@@ -10,7 +10,7 @@ from graphopt.ops.cache import cache_update
 from graphopt.ops.comm import all_gather, all_reduce, reduce_scatter
 from graphopt.ops.define import Op, op
 from graphopt.ops.fused import cache_write, fused_linear, rms_norm_residual, rope_write
-from graphopt.ops.linear import linear, linear_epilogue
+from graphopt.ops.linear import linear
 from graphopt.ops.mlp import activation, gated_activation
 from graphopt.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from graphopt.ops.quantized import linear_int8, pack_int8, scales_int8
@@ -28,7 +28,6 @@ OPS = (
     attention_scores,
     cache_update,
     linear,
-    linear_epilogue,
     linear_int8,
     scales_int8,
     pack_int8,

@@ -72,7 +72,12 @@ def _fused_linear_fake(
     residual: Tensor | None,
 ) -> Tensor:
     features = _check(x, weight, scales, gated, activation)
-    y = x.new_empty((*x.shape[:-1], features))
+    if norm not in (None, *NORMS):
+        raise ValueError(f"fused_linear: norm {norm!r} is not one of {', '.join(NORMS)}")
+    dtype = x.dtype
+    if norm == "rms" and norm_weight is not None and cast_before_scale:
+        dtype = torch.promote_types(dtype, norm_weight.dtype)
+    y = x.new_empty((*x.shape[:-1], features), dtype=dtype)
     return y if residual is None else y + residual
 
 
@@ -127,7 +132,8 @@ def _rms_norm_residual_fake(
     cast_before_scale: bool,
     residual: Tensor,
 ) -> Tensor:
-    return x + residual
+    promotes = weight is not None and cast_before_scale
+    return (x if weight is None or not promotes else x * weight) + residual
 
 
 @op(fake=_rms_norm_residual_fake)
@@ -204,6 +210,11 @@ def cache_write(
     v_cache.index_copy_(2, rows, v)
 
 
+def _check_norms(q_norm: Tensor | None, k_norm: Tensor | None) -> None:
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("rope_write: give both of q_norm and k_norm, or none")
+
+
 def _rope_write_fake(
     q: Tensor,
     k: Tensor,
@@ -222,6 +233,7 @@ def _rope_write_fake(
     position: Tensor | None,
     start: Tensor | None,
 ) -> Tensor:
+    _check_norms(q_norm, k_norm)
     _check_write("rope_write", k, v, k_cache, v_cache, position, start)
     return q.new_empty(q.shape)
 
@@ -250,8 +262,8 @@ def rope_write(
     With q_norm and k_norm [D] (both or none) q and k are first `rms_norm`ed over D, as in Qwen 3. Shapes as
     in `rope` and `cache_write`. Raises what these raise, and ValueError for one norm without the other.
     """
-    if (q_norm is None) != (k_norm is None):
-        raise ValueError("rope_write: give both of q_norm and k_norm, or none")
+    _check_norms(q_norm, k_norm)
+    _check_write("rope_write", k, v, k_cache, v_cache, position, start)
     if q_norm is not None:
         q = rms_norm.reference(q, q_norm, eps, weight_offset, cast_before_scale)
         k = rms_norm.reference(k, k_norm, eps, weight_offset, cast_before_scale)

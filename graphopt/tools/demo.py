@@ -1,4 +1,6 @@
-"""The main job: a trained encoder and a generating decoder, compared with eager, all measured now."""
+"""The main job: a trained encoder and a generating decoder, compared with eager, all measured now; then the
+decoder in int8, over two processes, and compiled for a GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +9,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
 from rich.padding import Padding
-from rich.rule import Rule
-from rich.table import Table
 from rich.text import Text
 from torch import nn
 
@@ -24,6 +22,8 @@ from graphopt.errors import GraphoptError
 from graphopt.report import Report
 from graphopt.tools import demo_models as models
 from graphopt.tools.demo_clock import Comparison, compare, processor, threads
+from graphopt.tools.demo_scale import elsewhere, ranks, smaller
+from graphopt.tools.demo_show import Show
 from graphopt.tools.demo_watch import calls_in, layer_diff, operators, watched_step
 
 if TYPE_CHECKING:
@@ -34,44 +34,8 @@ BATCH = 16  # sentences encoded at a time, longest first: the page becomes batch
 STRICT = {"strict": True}  # an internal failure or an unknown construct raises instead of running eagerly
 
 
-def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=110)
-
-
-@dataclass
-class Show:
-    """Prints lines as they become known and remembers which checks failed."""
-
-    console: Console = field(default_factory=_console)
-    failed: list[str] = field(default_factory=list)
-
-    def title(self, text: str) -> None:
-        """A section's headline."""
-        self.console.print()
-        self.console.print(Rule(Text(text, style="bold"), align="left", style="dim"))
-
-    def check(self, name: str, ok: bool, text: str) -> None:
-        """A claim that may fail."""
-        if not ok:
-            self.failed.append(name)
-        self._line("✓" if ok else "✗", "green" if ok else "bold red", name, text)
-
-    def note(self, name: str, text: str) -> None:
-        """A figure that is no claim."""
-        self._line("·", "dim", name, text)
-
-    def _line(self, mark: str, style: str, name: str, text: str) -> None:
-        line = Table.grid(padding=(0, 1))
-        line.add_column(width=1)
-        line.add_column(width=11, no_wrap=True)
-        line.add_column(overflow="fold")
-        line.add_row(Text(mark, style=style), Text(name, style="bold"), Text(text))
-        self.console.print(Padding(line, (0, 0, 0, 1)))
-
-
 def main() -> None:
-    """Run both parts and print; exits with status 1 if a check fails."""
+    """Run all parts and print; exits with status 1 if a check fails."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: the weights are in a package
     warnings.filterwarnings("ignore", message=".*lru_cache.*")  # torch's tracer, about transformers' code
     start = time.perf_counter()
@@ -81,6 +45,9 @@ def main() -> None:
         show.console.print(Text(title))
         encoder(show)
         decoder(show)
+        smaller(show)
+        ranks(show)
+        elsewhere(show)
     except GraphoptError as error:
         show.check("error", False, f"{type(error).__name__}: {error}")
     show.title(f"{_verdict(show)} in {time.perf_counter() - start:.0f} s")

@@ -217,14 +217,14 @@ def _residuals(g: fx.Graph) -> list[fx.Node]:
             return False
         return graph.dtype(node).is_floating_point
 
-    taking = _calls("add_rms_norm", "add_layer_norm", "linear_epilogue")(g)
+    taking = _calls("add_rms_norm", "add_layer_norm", "fused_linear")(g)
     sums = [n for n in g.nodes if adds_hidden_states(n)]
     return [n for n in taking if graph.arg(n, "residual") is not None] + sums
 
 
 def _drop(node: fx.Node) -> None:
     """x + residual -> x, where the residual is the operand that was there first"""
-    if graph.op_name(node) == "linear_epilogue":
+    if graph.op_name(node) == "fused_linear":
         _set(node, "residual", None)
     elif graph.is_call(node, aten.add.Tensor):
         node.replace_all_uses_with(_last(node))

@@ -25,7 +25,7 @@ OPS_OF: Mapping[str, tuple[str, ...]] = {
     "rope": ("rope",),
     "attention": ("attention", "attention_lse"),
     "mlp": ("gated_activation", "activation"),
-    "linear": ("linear", "linear_epilogue"),
+    "linear": ("linear", "linear_int8", "fused_linear"),
 }
 
 

@@ -1,0 +1,296 @@
+"""Save an optimized model as it lies in memory, prepared weights included, and load it without preparing.
+
+A directory: `graphopt.json`, the manifest, and the safetensors file that it names. Never a pickle.
+Each block of memory is stored once; weights and prepared forms say which part of a block they are:
+
+    "weights":  {"q": {"block": "prepared:0", "shape": [4, 8], "stride": [8, 1], "offset": 0, ...}, ...}
+    "prepared": [{"plan": "40e5...", "sources": ["q", "k", "v"], "value": {"block": "prepared:0", ...}}]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+
+from graphopt import backend, tensor_file
+from graphopt.api import optimize
+from graphopt.errors import ArtifactError, WeightError
+from graphopt.options import Options
+from graphopt.ownership import is_stand_in
+from graphopt.weights import ANY, PreparePlan
+
+M = TypeVar("M", bound=nn.Module)
+
+MANIFEST = "graphopt.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: a part of a block; in no block where its bytes were released."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    block: str | None = None
+    stride: tuple[int, ...] = ()
+    offset: int = 0
+
+    @staticmethod
+    def parse(given: Mapping[str, object]) -> Place:
+        """From a manifest."""
+        return Place(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})  # type: ignore[arg-type]  # checked by use
+
+    def of(self, base: torch.Tensor) -> torch.Tensor:
+        """The part of a block's memory."""
+        return base.as_strided(self.shape, self.stride, self.offset)
+
+
+# --------------------------------------------------------------------------------------------------- saving
+
+
+def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write an optimized model's weights (as they are, prepared or not yet) and its options.
+
+    What stood in the directory before is replaced at once when all is written, or not at all.
+
+    Raises:
+        WeightError: the model is not optimized.
+        ArtifactError: a weight cannot be stored.
+    """
+    owned = backend.STORE.owners.of(model)
+    if owned is None:
+        raise WeightError("the model is not optimized: call graphopt.optimize(model) before graphopt.save")
+    named = dict(_named(model))
+    name_of = {id(x): name for name, x in reversed(named.items())}
+    held = [
+        ([name_of[id(s)] for s in sources], entry)
+        for sources, entry in backend.STORE.entries()
+        if all(id(s) in name_of for s in sources)
+    ]
+    held.sort(key=lambda item: (item[0], item[1].plan.hash))
+    wanted = {f"prepared:{i}": entry.value for i, (_, entry) in enumerate(held)}
+    wanted |= {name: x for name, x in named.items() if not is_stand_in(x)}
+    for name, x in wanted.items():
+        if x.device.type == "meta":
+            raise ArtifactError(f"weight {name} is on the meta device: there is nothing to save")
+    blocks, places = _lay_out(wanted)
+    released = {n: Place(tuple(x.shape), str(x.dtype)) for n, x in named.items() if n not in wanted}
+    default = dataclasses.asdict(Options())
+    manifest = {
+        "format": "graphopt",
+        "version": VERSION,
+        "options": {k: v for k, v in dataclasses.asdict(owned.options).items() if v != default[k]},
+        "release": owned.release,
+        "weights": {name: dataclasses.asdict({**places, **released}[name]) for name in sorted(named)},
+        "prepared": [
+            {"plan": entry.plan.hash, "sources": names, "value": dataclasses.asdict(places[f"prepared:{i}"])}
+            for i, (names, entry) in enumerate(held)
+        ],
+    }
+    _write(Path(directory), manifest, blocks)
+
+
+def _lay_out(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Place]]:
+    """What to store, each memory once, and where in it each tensor lies.
+
+    A block is a tensor that fills its memory; the others in that memory are parts of it. What lies in memory
+    that no tensor fills is a block of its own.
+    """
+    fills: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, x in tensors.items():
+        ordered = x.detach().permute(sorted(range(x.dim()), key=lambda d: (-x.stride(d), d)))
+        if ordered.is_contiguous() and ordered.nbytes == ordered.untyped_storage().nbytes() > 0:
+            fills.setdefault(ordered.data_ptr(), (name, ordered))
+    blocks: dict[str, torch.Tensor] = {}
+    places: dict[str, Place] = {}
+    for name, x in tensors.items():
+        home, block = fills.get(x.untyped_storage().data_ptr(), (name, x))
+        if block is x or block.dtype != x.dtype:
+            home = name
+            block = part = x.detach().contiguous()
+            offset = 0
+        else:
+            part, offset = x, x.storage_offset()
+        blocks[home] = block
+        places[name] = Place(tuple(x.shape), str(x.dtype), home, tuple(part.stride()), offset)
+    return blocks, places
+
+
+def _write(directory: Path, manifest: Mapping[str, object], blocks: Mapping[str, torch.Tensor]) -> None:
+    """The file of weights under a name by its content, then the manifest that names it, in one step."""
+    directory.mkdir(parents=True, exist_ok=True)
+    new = directory / f".{MANIFEST}.{os.getpid()}.new"
+    try:
+        digest = tensor_file.write(new, blocks)
+        file = directory / f"weights-{digest[:16]}.safetensors"
+        os.replace(new, file)
+        text = json.dumps({**manifest, "file": file.name}, indent=1)
+        with open(new, "w") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(new, directory / MANIFEST)
+    finally:
+        new.unlink(missing_ok=True)
+    for old in directory.glob("weights-*.safetensors"):
+        if old != file:
+            old.unlink()
+
+
+# -------------------------------------------------------------------------------------------------- loading
+
+
+def load(model: M, directory: str | os.PathLike[str]) -> M:
+    """Give a freshly built model (of any weights, or on the meta device) what was saved, and optimize it.
+
+    The first call finds what was prepared: released weights are at no time in memory as they were. Weights
+    that were on the meta device come to the CPU.
+
+    Raises:
+        ArtifactError: the files are damaged or of another version, or the model has other weights; nothing
+            is changed then.
+        WeightError: the model is optimized already.
+    """
+    if backend.STORE.owners.of(model) is not None:
+        raise WeightError("the model is optimized already; load into a new one")
+    path = Path(directory)
+    manifest = _read_manifest(path / MANIFEST)
+    file = path / str(manifest["file"])
+    stored = tensor_file.read_header(file)
+    try:
+        places = {name: Place.parse(p) for name, p in manifest["weights"].items()}
+        prepared = [(p["plan"], p["sources"], Place.parse(p["value"])) for p in manifest["prepared"]]
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in manifest["options"].items()}
+        release = bool(manifest["release"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path / MANIFEST} is damaged ({error!r}); save the model again") from error
+    Options.parse(options)
+    _check_places(path, stored, [*places.values(), *(place for _, _, place in prepared)])
+    _check_names(model, places)
+    _fill(model, places, prepared, file, stored)
+    return optimize(model, release=release, **options)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing: no model was saved there by graphopt.save") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path} is damaged ({error}); save the model again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != "graphopt":
+        raise ArtifactError(f"{path} was not written by graphopt.save")
+    if manifest.get("version") != VERSION:
+        raise ArtifactError(
+            f"{path} has version {manifest.get('version')}, this reads {VERSION}; save it again"
+        )
+    if not isinstance(manifest.get("file"), str) or "/" in manifest["file"]:
+        raise ArtifactError(f"{path} names no file beside it; save the model again")
+    return manifest
+
+
+def _check_places(path: Path, stored: Mapping[str, tensor_file.Stored], places: list[Place]) -> None:
+    """Every part lies inside a block that the file has."""
+    for place in places:
+        if place.block is None:
+            continue
+        block = stored.get(place.block)
+        if block is None:
+            raise ArtifactError(f"{path}: block {place.block!r} is not in the file; save the model again")
+        last = place.offset + sum((n - 1) * s for n, s in zip(place.shape, place.stride, strict=True))
+        size = block.nbytes // block.dtype.itemsize
+        if str(block.dtype) != place.dtype or (0 not in place.shape and not 0 <= place.offset <= last < size):
+            raise ArtifactError(f"{path}: {place} is no part of {block}; save the model again")
+
+
+def _check_names(model: nn.Module, places: Mapping[str, Place]) -> None:
+    """The model has the weights that were saved, no more and no less, of the same shapes and dtypes."""
+    named = dict(_named(model))
+    for text, names in (
+        ("the model lacks", places.keys() - named.keys()),
+        ("saved was no", named.keys() - places.keys()),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise ArtifactError(f"{text} {shown}; build it from the same configuration")
+    for name, x in named.items():
+        place = places[name]
+        if (tuple(x.shape), str(x.dtype)) != (place.shape, place.dtype):
+            raise ArtifactError(
+                f"{name} is {list(x.shape)} {x.dtype} in the model and {list(place.shape)} {place.dtype} "
+                "as saved; build it from the same configuration"
+            )
+
+
+def _fill(
+    model: nn.Module,
+    places: Mapping[str, Place],
+    prepared: Sequence[tuple[str, list[str], Place]],
+    file: Path,
+    stored: Mapping[str, tensor_file.Stored],
+) -> None:
+    """Free what the model holds and read block by block, so that no weight is in memory twice."""
+    owners = backend.STORE.owners
+    tensors = _off_meta(model)
+    inside: dict[str, dict[int, tuple[torch.Tensor, Place]]] = {block: {} for block in stored}
+    for name, x in tensors.items():
+        place = places[name]
+        if place.block is None:
+            owners.give_stand_in(x, place.shape)
+            continue
+        x.data = torch.empty(0, dtype=x.dtype, device=x.device)
+        inside[place.block][id(x)] = x, place
+    devices = {place.block: tensors[names[0]].device for _, names, place in prepared}
+    bases: dict[str, torch.Tensor] = {}
+    for block, about in stored.items():
+        members = inside[block].values()
+        device = next((x.device for x, _ in members), devices.get(block))
+        base = bases[block] = torch.empty(about.shape, dtype=about.dtype, device=device)
+        tensor_file.read_into(file, about, base)
+        for x, place in members:
+            x.data = place.of(base)
+    for plan, names, place in prepared:
+        sources = tuple(tensors[name] for name in names)
+        state = tuple(
+            (ANY if places[name].block == place.block else x._version, x.data_ptr())
+            for name, x in zip(names, sources, strict=True)
+        )
+        backend.STORE.keep(sources, _known(plan, names), place.of(bases[str(place.block)]), state)
+
+
+def _off_meta(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights by name, each of those on meta replaced by an empty one on the CPU; tied ones stay tied."""
+    replaced: dict[int, torch.Tensor] = {}
+    originals = dict(_named(model))  # alive, so that no id occurs twice
+    for name, x in originals.items():
+        if x.device.type != "meta":
+            continue
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if id(x) not in replaced:
+            empty = torch.empty(0, dtype=x.dtype)
+            is_parameter = isinstance(x, nn.Parameter)
+            replaced[id(x)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+        (module._parameters if leaf in module._parameters else module._buffers)[leaf] = replaced[id(x)]
+    return {name: replaced.get(id(x), x) for name, x in originals.items()}
+
+
+def _known(plan: str, names: list[str]) -> PreparePlan:
+    """A plan of which only the result is known."""
+    graph = fx.Graph()
+    graph.output(())
+    return PreparePlan(fx.GraphModule(nn.Module(), graph), plan, (), tuple(names))
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer by all its names, buffers outside the state dict included."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)

@@ -1,0 +1,1 @@
+"""What runs beside a compiled graph: the processes that share its weights."""

@@ -1,0 +1,376 @@
+"""What each operator of the vocabulary does to layouts: linears, attention, norms, caches, and the output."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import fx
+
+from graphopt import graph as g
+from graphopt import ops
+from graphopt.sharding.flow import Flow, Outcome, Rule, tensors
+from graphopt.sharding.layout import (
+    PARTIAL,
+    REPLICATED,
+    Axis,
+    Layout,
+    Own,
+    Partial,
+    Replicated,
+    Segments,
+    Split,
+    one_segment,
+)
+
+aten = torch.ops.aten
+HEADS = 1  # of [batch, heads, length, head_dim]
+
+
+def unknown(flow: Flow, node: fx.Node) -> Outcome:
+    """Any other operator: on all of its operands."""
+    for operand in tensors(node):
+        flow.full(node, operand, f"there is no sharding rule for {g.op_name(node)}")
+    return REPLICATED
+
+
+def nothing(flow: Flow, node: fx.Node) -> Outcome:
+    """What reads no data of its operands."""
+    return REPLICATED
+
+
+def size(flow: Flow, node: fx.Node) -> Outcome:
+    """sym_size(x, d): the same on every rank, unless x is shared along d."""
+    x, dim = node.args
+    have = flow.layout(x)
+    if isinstance(have, Split) and isinstance(x, fx.Node) and have.dim == dim % g.rank(x):  # type: ignore[operator]
+        flow.full(node, x, "its shared size is read")
+    return REPLICATED
+
+
+def picked(flow: Flow, node: fx.Node) -> Outcome:
+    """getitem(x, i): what that result of x is."""
+    x, index = node.args
+    outcome = flow.layouts.get(x, REPLICATED)  # type: ignore[arg-type]  # a node
+    return outcome[index] if isinstance(outcome, tuple) else REPLICATED  # type: ignore[index]  # an int
+
+
+# ----------------------------------------------------------------------------------------------- linears
+
+
+def linear(flow: Flow, node: fx.Node) -> Outcome:
+    """x whole -> features split, where that helps; x split by features -> a term of a sum."""
+    x, weight, bias = node.args[:3]
+    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    have, last = flow.layout(x), g.rank(x) - 1
+    if not isinstance(have, (Split, Own)) or have.dim == last:
+        return _shared_linear(flow, node, have)
+    for operand in (n for n in (weight, bias) if n is not None):
+        flow.full(node, operand, "it is the weight of a linear")
+    flow.split(node, x, have.dim, have.segments)
+    return Split(have.dim, have.segments)
+
+
+def _shared_linear(flow: Flow, node: fx.Node, have: Layout) -> Outcome:
+    """A linear whose input is whole, a term, or split by features."""
+    x, weight, bias = node.args[:3]
+    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    rows, columns = g.shape(weight)
+    style = flow.style(node)
+    foreign = [n for n in (weight, bias) if isinstance(n, fx.Node) and n not in flow.weights]
+    if not isinstance(rows, int) or not isinstance(columns, int) or foreign:
+        return unknown(flow, node)
+    if style == "row" and isinstance(have, (Replicated, Partial)):
+        if isinstance(have, Partial):
+            flow.full(node, x, "")
+        axis = Axis(columns, {node})
+        return _row(flow, node, one_segment(axis, columns), columns)
+    if isinstance(have, Split) and style in ("auto", "row"):
+        if all(s.axis.copies(flow.world) == 1 for s in have.segments):
+            return _row(flow, node, have.segments, columns)
+    flow.full(node, x, "its features are copied to several ranks, or the plan wants its reader whole")
+    if style == "replicated":
+        return REPLICATED
+    if style in ("auto", "row") and (node in flow.whole or rows < flow.world):
+        return REPLICATED
+    return _column(flow, node, rows)
+
+
+def _row(flow: Flow, node: fx.Node, segments: Segments, columns: int) -> Outcome:
+    """linear(x_r, W[:, r]): a term; the bias is in the first rank's."""
+    for segment in segments:
+        if not segment.axis.even(flow.world):
+            flow.uneven(node, segment.size, "input features")
+    flow.split(node, node.args[0], g.rank(node.args[0]) - 1, segments)  # type: ignore[arg-type]  # a node
+    flow.split(node, node.args[1], 1, segments)
+    flow.kinds[node] = "row"
+    return PARTIAL
+
+
+def _column(flow: Flow, node: fx.Node, rows: int) -> Outcome:
+    """linear(x, W[r]): a part of the output features."""
+    segments = flow.column(node, rows)
+    flow.split(node, node.args[1], 0, segments)
+    if node.args[2] is not None:
+        flow.split(node, node.args[2], 0, segments)
+    flow.kinds[node] = "column"
+    return Split(g.rank(node) - 1, segments)
+
+
+def embedding(flow: Flow, node: fx.Node) -> Outcome:
+    """embedding(W, ids): the largest table of a graph is shared by rows; ids of other ranks give zeros."""
+    table, ids = node.args[:2]
+    assert isinstance(table, fx.Node)
+    flow.full(node, ids, "it is an index")
+    style = flow.style(node)
+    rows = g.shape(table)[0] if table in flow.weights else 0
+    largest = style in ("vocabulary", "row", "column", "gathered") or table is largest_table(flow)
+    if not isinstance(rows, int) or rows < flow.world or not largest or style == "replicated":
+        return REPLICATED
+    if node in flow.whole:
+        return REPLICATED
+    axis = Axis(rows, {node}, padded=rows % flow.world != 0)
+    flow.split(node, table, 0, one_segment(axis, rows))
+    flow.kinds[node] = "vocabulary"
+    return PARTIAL
+
+
+def largest_table(flow: Flow) -> fx.Node | None:
+    """The embedding table with the most rows: the vocabulary. Positions and types are small beside it."""
+    tables = [n.args[0] for n in flow.graph.nodes if g.is_call(n, aten.embedding.default)]
+    known = [t for t in tables if t in flow.weights and isinstance(g.shape(t)[0], int)]
+    return max(known, key=lambda t: g.shape(t)[0], default=None)
+
+
+# ------------------------------------------------------------------------------- heads, norms, caches
+
+
+def attention(flow: Flow, node: fx.Node) -> Outcome:
+    """attention(q, k, v): by heads; a rank's kv heads are those that its query heads read."""
+    q, k, v = node.args[:3]
+    assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
+    known = [_heads(flow, x) for x in (q, k, v)]
+    axes = [segments[0].axis for segments in known if segments is not None and len(segments) == 1]
+    heads, groups = g.shape(q)[HEADS], g.shape(k)[HEADS]
+    if not axes or not isinstance(heads, int) or not isinstance(groups, int):
+        return unknown(flow, node)
+    if len([s for s in known if s is not None]) != len(axes) or not _only_heads(flow, (q, k, v)):
+        return unknown(flow, node)
+    of_q = known[0][0].axis if known[0] else Axis(heads)
+    of_k = next((s[0].axis for s in known[1:] if s is not None), None) or Axis(groups)
+    seeds = of_q.root().seeds | of_k.root().seeds
+    of_q.root().seeds, of_k.root().seeds = set(seeds), set(seeds)
+    of_q.refine(heads)
+    of_k.refine(groups)
+    whole_heads = of_q.root().units == heads and of_k.root().units == groups
+    if heads % flow.world or not whole_heads:
+        flow.uneven(node, heads, "query heads")
+    elif groups % flow.world and flow.world % groups:
+        flow.uneven(node, groups, "key and value heads")
+    flow.split(node, q, HEADS, one_segment(of_q, heads))
+    for x in (k, v):
+        flow.split(node, x, HEADS, one_segment(of_k, groups))
+    _by_head(flow, node, one_segment(of_q, heads), heads)
+    both = Split(HEADS, one_segment(of_q, heads))
+    return (both, both) if g.is_call(node, ops.attention_lse.overload) else both
+
+
+def _heads(flow: Flow, x: fx.Node) -> Segments | None:
+    """How a value is shared by heads, if it is."""
+    have = flow.layout(x)
+    return have.segments if isinstance(have, (Split, Own)) and have.dim == HEADS else None
+
+
+def _only_heads(flow: Flow, operands: Sequence[fx.Node]) -> bool:
+    """Whether the operands are whole or shared by heads."""
+    return all(
+        isinstance(have, Replicated) or getattr(have, "dim", None) == HEADS
+        for have in map(flow.layout, operands)
+    )
+
+
+def _by_head(flow: Flow, node: fx.Node, segments: Segments, heads: int) -> None:
+    """Bias and sinks of attention: their part, where they have a head dimension."""
+    for name in ("offset_tensor", "key_padding"):
+        flow.full(node, g.arg(node, name), "it is a mask of all heads")
+    bias, sinks = g.arg(node, "bias"), g.arg(node, "sinks")
+    if isinstance(bias, fx.Node):
+        dim = g.rank(bias) - 3
+        if dim >= 0 and g.shape(bias)[dim] == heads and heads != 1:
+            flow.split(node, bias, dim, segments)
+        else:
+            flow.full(node, bias, "it is a mask of all heads")
+    if isinstance(sinks, fx.Node):
+        flow.split(node, sinks, 0, segments)
+
+
+def rope(flow: Flow, node: fx.Node) -> Outcome:
+    """rope(q, k): each as it is shared, by heads or batch."""
+    q, k, cos, sin = node.args[:4]
+    for table in (cos, sin):
+        flow.full(node, table, "it is a table of all heads")
+    return tuple(_rows_alone(flow, node, x, (HEADS,)) for x in (q, k))  # type: ignore[arg-type]  # nodes
+
+
+def _rows_alone(flow: Flow, node: fx.Node, x: fx.Node, dims: Sequence[int]) -> Layout:
+    """An operand that may be shared along some dimensions only."""
+    have = flow.layout(x)
+    if isinstance(have, (Split, Own)) and have.dim in dims:
+        flow.split(node, x, have.dim, have.segments)
+        return Split(have.dim, have.segments)
+    flow.full(node, x, f"{g.op_name(node)} needs all of a row")
+    return REPLICATED
+
+
+def norm(flow: Flow, node: fx.Node) -> Outcome:
+    """rms_norm(x), layer_norm(x): as x is shared, but for its last dimension."""
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    for parameter in tensors(node):
+        if parameter is not x:
+            flow.full(node, parameter, "it is the weight of a norm")
+    return _rows_alone(flow, node, x, range(g.rank(x) - 1))
+
+
+def added_norm(flow: Flow, node: fx.Node) -> Outcome:
+    """add_rms_norm(x, y), add_layer_norm(x, y): the sum is needed whole, or as both are shared."""
+    x, y = node.args[:2]
+    assert isinstance(x, fx.Node) and isinstance(y, fx.Node)
+    for parameter in tensors(node):
+        if parameter not in (x, y):
+            flow.full(node, parameter, "it is the weight of a norm")
+    found = [h for h in (flow.layout(x), flow.layout(y)) if isinstance(h, Split) and h.dim != g.rank(x) - 1]
+    if len(found) != 2 or not g.same_shape(g.shape(x), g.shape(y)):
+        for operand in (x, y):
+            flow.full(node, operand, f"{g.op_name(node)} needs all of a row")
+        return REPLICATED, REPLICATED
+    for operand in (x, y):
+        flow.split(node, operand, found[0].dim, found[0].segments)
+    return found[0], found[0]
+
+
+def cache_update(flow: Flow, node: fx.Node) -> Outcome:
+    """cache_update(cache, new, position): the cache keeps the caller's shape, a rank its own heads of it."""
+    cache, new = node.args[:2]
+    assert isinstance(cache, fx.Node) and isinstance(new, fx.Node)
+    flow.full(node, g.arg(node, "position"), "it is an index")
+    return _written(flow, node, cache, new, HEADS)
+
+
+def _written(flow: Flow, node: fx.Node, base: fx.Node, new: fx.Node, *dims: int) -> Layout:
+    """base with `new` written into it, shared along one of `dims`."""
+    have, old = flow.layout(new), flow.layout(base)
+    if isinstance(have, (Split, Own)) and have.dim in dims and isinstance(old, (Replicated, Own)):
+        if isinstance(old, Own) and old.dim == have.dim:
+            for mine, other in zip(old.segments, have.segments, strict=True):
+                mine.axis.unite(other.axis)
+        flow.own(node, new, have.dim, have.segments)
+        return Own(have.dim, have.segments)
+    if isinstance(old, Own) and isinstance(have, Replicated):
+        return old
+    flow.full(node, new, f"{g.op_name(node)} writes it into a whole")
+    flow.full(node, base, f"{g.op_name(node)} writes into a whole")
+    return REPLICATED
+
+
+def index_copy(flow: Flow, node: fx.Node) -> Outcome:
+    """index_copy(base, dim, index, new): as a cache's update."""
+    base, dim, index, new = node.args[:4]
+    assert isinstance(base, fx.Node) and isinstance(new, fx.Node) and isinstance(dim, int)
+    flow.full(node, index, "it is an index")
+    return _written(flow, node, base, new, *(d for d in range(g.rank(base)) if d != dim % g.rank(base)))
+
+
+def index_put(flow: Flow, node: fx.Node) -> Outcome:
+    """index_put(base, [None, None, rows], new): as a cache's update, if one dimension alone is indexed."""
+    base, indices, new = node.args[:3]
+    assert isinstance(base, fx.Node) and isinstance(new, fx.Node) and isinstance(indices, (list, tuple))
+    given = [i for i in indices if i is not None]
+    for index in given:
+        flow.full(node, index, "it is an index")
+    if len(given) != 1 or g.rank(given[0]) != 1 or g.rank(new) != g.rank(base):  # type: ignore[arg-type]  # a node
+        return _written(flow, node, base, new)
+    indexed = next(d for d, i in enumerate(indices) if i is not None)
+    return _written(flow, node, base, new, *(d for d in range(g.rank(base)) if d != indexed))
+
+
+def write_back(flow: Flow, node: fx.Node) -> Outcome:
+    """copy_(input, value): a cache is written as it is kept."""
+    target, value = node.args[:2]
+    if isinstance(flow.layout(value), Own):
+        return REPLICATED
+    if isinstance(flow.layout(value), Split) and value in caches(flow):
+        have = flow.layout(value)
+        assert isinstance(have, Split) and isinstance(value, fx.Node)
+        flow.own(node, value, have.dim, have.segments)
+        return REPLICATED
+    flow.full(node, value, "it is written into an input")
+    flow.full(node, target, "it is written")
+    return REPLICATED
+
+
+# --------------------------------------------------------------------------------------------- the output
+
+
+def output(flow: Flow, node: fx.Node) -> Outcome:
+    """What the caller gets: sums, gathered logits; a cache keeps its shape and has a rank's own heads."""
+    kept = caches(flow)
+    for value in dict.fromkeys(v for v in g.flat_arguments(node) if isinstance(v, fx.Node)):
+        have = flow.layout(value)
+        if isinstance(have, Own):
+            continue
+        if isinstance(have, Split) and have.dim == HEADS and value in kept:
+            flow.own(node, value, HEADS, have.segments)
+        elif isinstance(have, Split) and _wide(flow, have):
+            flow.gather(node, value, have)
+        else:
+            flow.full(node, value, "it is returned")
+    return REPLICATED
+
+
+def _wide(flow: Flow, have: Split) -> bool:
+    """Whether a returned value comes from linears with more outputs than inputs, whole: a vocabulary's."""
+    if len(have.segments) != 1 or have.segments[0].axis.copies(flow.world) > 1:
+        return False
+    for seed in have.segments[0].axis.root().seeds:
+        rows, columns = g.shape(seed.args[1])[:2]  # type: ignore[arg-type]  # a linear's weight
+        if rows <= columns:
+            return False
+    return True
+
+
+KEEPS_HEADS = (aten.slice.Tensor, aten.clone.default, aten.roll.default, aten.pad.default)
+
+
+def caches(flow: Flow) -> set[fx.Node]:
+    """Values that attention reads as keys or values, and what is cut out of them: caches, where returned."""
+    found: set[fx.Node] = set()
+    for node in flow.graph.nodes:
+        if g.is_call(node, ops.attention.overload, ops.attention_lse.overload):
+            found.update(n for n in node.args[1:3] if isinstance(n, fx.Node))
+    for node in flow.graph.nodes:
+        if g.is_call(node, *KEEPS_HEADS) and node.args[0] in found:
+            found.add(node)
+    return found
+
+
+RULES: Mapping[object, Rule] = {
+    "output": output,
+    operator.getitem: picked,
+    aten.sym_size.int: size,
+    aten.embedding.default: embedding,
+    aten.index_copy.default: index_copy,
+    aten.index_put.default: index_put,
+    aten.copy_.default: write_back,
+    ops.linear.overload: linear,
+    ops.attention.overload: attention,
+    ops.attention_lse.overload: attention,
+    ops.rope.overload: rope,
+    ops.rms_norm.overload: norm,
+    ops.layer_norm.overload: norm,
+    ops.add_rms_norm.overload: added_norm,
+    ops.add_layer_norm.overload: added_norm,
+    ops.cache_update.overload: cache_update,
+    **dict.fromkeys((aten.zeros_like.default, aten.empty_like.default), unknown),
+}

@@ -1,0 +1,430 @@
+"""Saved and loaded: weights as they lie in memory, nothing prepared again, nothing changed by an error."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import graphopt
+from graphopt import backend, tensor_file
+from graphopt.artifact import MANIFEST
+from graphopt.errors import ArtifactError, OptionError, ReleasedError, WeightError
+from graphopt.ownership import is_stand_in
+from tests.block import MERGED, Block, agree, block, counted, example
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """No compiled code, prepared weights or reports of other tests."""
+    torch.compiler.reset()
+    backend.clear_reports()
+    backend.STORE.refresh()
+    yield
+    torch.compiler.reset()
+
+
+class Mixed(nn.Module):
+    """Tied, packed, merged and plain weights, in two dtypes; buffers inside and outside the state dict."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.embed = nn.Embedding(30, 20)
+            self.block = Block(seed)
+            self.packed = nn.Parameter(torch.randn(20, 20))
+            self.head = nn.Linear(20, 30, bias=False)
+            self.head.weight = self.embed.weight
+            self.gain = nn.Parameter(torch.randn(20).double())
+            self.register_buffer("shift", torch.randn(3, 20))
+            self.register_buffer("mean", torch.randn(20), persistent=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens) * self.gain.float() + self.mean
+        x = self.block(x) + nn.functional.linear(x, self.packed * 2) + self.shift[1]
+        return self.head(x)
+
+
+TOKENS = torch.tensor([[1, 5, 2, 7], [3, 3, 0, 29]])
+
+
+def mixed(seed: int = 0) -> Mixed:
+    return Mixed(seed).eval().requires_grad_(False)
+
+
+def run(seed: int = 0, **options: object) -> tuple[Mixed, torch.Tensor]:
+    """An optimized model that has run, and its result."""
+    model = graphopt.optimize(mixed(seed), strict=True, **options)
+    return model, model(TOKENS)
+
+
+def weights_file(directory: Path) -> Path:
+    (file,) = directory.glob("weights-*.safetensors")
+    return file
+
+
+def changed_manifest(directory: Path, change: Callable[[dict], object]) -> None:
+    """Edit a manifest."""
+    manifest = json.loads((directory / MANIFEST).read_text())
+    change(manifest)
+    (directory / MANIFEST).write_text(json.dumps(manifest))
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: x.detach().clone() for n, x in (*model.named_parameters(), *model.named_buffers())}
+
+
+# ------------------------------------------------------------------------------------------- there and back
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_loaded_model_prepares_nothing(tmp_path: Path, device: str) -> None:
+    model, y = run()
+    graphopt.save(model, tmp_path)
+    with torch.device(device):
+        other = mixed(7)
+    ours = graphopt.load(other, tmp_path)
+    assert ours is other and ours.head.weight is ours.embed.weight
+    assert {n for n, p in ours.named_parameters() if is_stand_in(p)} == {"packed"}
+    with counted() as counts:
+        assert torch.equal(ours(TOKENS), y)
+        agree(ours(TOKENS[:, :3]), model(TOKENS[:, :3]))
+    assert counts["prepared"] == 0
+    assert not any(p.requires_grad for p in ours.parameters())
+    for (name, p), q in zip(model.named_parameters(), ours.parameters(), strict=True):
+        assert torch.equal(p, q) or is_stand_in(p), name
+    assert torch.equal(model.mean, ours.mean) and torch.equal(model.shift, ours.shift)
+
+
+def test_the_file_holds_each_memory_once(tmp_path: Path) -> None:
+    model, _ = run()
+    graphopt.save(model, tmp_path)
+    tensors = safetensors.torch.load_file(weights_file(tmp_path))  # the format's own reader
+    nbytes = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    assert nbytes <= sum(x.nbytes for x in tensors.values()) <= nbytes + 20 * 8, "and gain, cast"
+    assert torch.equal(tensors["block.o.weight"], model.block.o.weight)
+    assert sorted(os.listdir(tmp_path)) == sorted([MANIFEST, weights_file(tmp_path).name])
+    merged = next(
+        p for p in json.loads((tmp_path / MANIFEST).read_text())["prepared"] if len(p["sources"]) == 3
+    )
+    assert merged["sources"] == ["block.q.weight", "block.k.weight", "block.v.weight"]
+    q, k, v = (model.block.get_parameter(f"{n}.weight") for n in "qkv")
+    assert torch.equal(tensors[merged["value"]["block"]], torch.cat([q, k, v]))
+
+
+def test_loaded_weights_change_as_others_do(tmp_path: Path) -> None:
+    model, _ = run()
+    graphopt.save(model, tmp_path)
+    ours, twin = graphopt.load(mixed(7), tmp_path), mixed()
+    ours(TOKENS)
+    for changed in (ours, twin):
+        changed.block.k.weight.mul_(3)
+        changed.shift.add_(1)
+    agree(ours(TOKENS), twin(TOKENS))
+    twin = mixed(9)
+    ours.load_state_dict(twin.state_dict())
+    ours.mean.copy_(twin.mean)
+    agree(ours(TOKENS), twin(TOKENS))
+    graphopt.refresh(ours)
+    agree(ours(TOKENS), twin(TOKENS))
+
+
+def test_saved_before_the_first_call(tmp_path: Path) -> None:
+    model, twin = graphopt.optimize(mixed(), strict=True), mixed()
+    graphopt.save(model, tmp_path)
+    ours = graphopt.load(mixed(7), tmp_path)
+    with counted() as counts:
+        agree(ours(TOKENS), twin(TOKENS))
+    assert counts["prepared"] >= MERGED
+
+
+def test_options_come_along(tmp_path: Path) -> None:
+    model = graphopt.optimize(block(), merge=False, strict=True, release=False)
+    y = model(example())
+    graphopt.save(model, tmp_path)
+    ours = graphopt.load(block(7), tmp_path)
+    owned = backend.STORE.owners.of(ours)
+    assert owned == backend.STORE.owners.of(model) and owned is not None and not owned.release
+    with counted() as counts:
+        agree(ours(example()), y)
+    assert counts["prepared"] == 0
+    assert graphopt.optimize(ours, merge=False, strict=True, release=False) is ours
+
+
+def test_changes_that_were_not_prepared_yet_are_saved(tmp_path: Path) -> None:
+    model, _ = run()
+    new = torch.randn(20, 20)
+    model.packed.data = new
+    model.block.k.weight.data = new.clone()
+    model.block.up.weight.zero_()
+    graphopt.save(model, tmp_path)
+    ours = graphopt.load(mixed(7), tmp_path)
+    y = ours(TOKENS)
+    agree(y, model(TOKENS))
+    agree(y, ours(TOKENS))
+
+
+def test_a_loaded_model_is_saved_again_equally(tmp_path: Path) -> None:
+    model, y = run()
+    graphopt.save(model, tmp_path / "one")
+    graphopt.save(graphopt.load(mixed(7), tmp_path / "one"), tmp_path / "two")
+    assert weights_file(tmp_path / "one").read_bytes() == weights_file(tmp_path / "two").read_bytes()
+    assert torch.equal(graphopt.load(mixed(8), tmp_path / "two")(TOKENS), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = graphopt.optimize(block().to(dtype))
+    y = model(example().to(dtype))
+    graphopt.save(model, tmp_path)
+    with torch.device("meta"):
+        other = block(7).to(dtype)
+    assert torch.equal(graphopt.load(other, tmp_path)(example().to(dtype)), y)
+
+
+def test_memory_that_is_laid_out_otherwise(tmp_path: Path) -> None:
+    """Parts of one flat tensor, transposed, expanded and empty weights."""
+
+    class Odd(nn.Module):
+        def __init__(self, flat: torch.Tensor) -> None:
+            super().__init__()
+            self.one, self.two = nn.Parameter(flat[:20].view(4, 5)), nn.Parameter(flat[22:42].view(4, 5))
+            self.turned = nn.Parameter(torch.randn(5, 4).t())
+            self.spread, self.empty = (
+                nn.Parameter(torch.ones(1, 5).expand(4, 5)),
+                nn.Parameter(torch.empty(0, 5)),
+            )
+            self.number = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            sides = (
+                x @ self.one.t(),
+                x @ self.two.t() @ self.turned,
+                (x * self.spread.sum(0) * self.number).sum(),
+            )
+            return sides[0].sum() + sides[1].sum() + sides[2] + self.empty.sum()
+
+    model, x = Odd(torch.randn(50)), torch.randn(2, 5)
+    y = graphopt.optimize(model)(x)
+    state = state_of(model)
+    graphopt.save(model, tmp_path)
+    ours = graphopt.load(Odd(torch.zeros(50)), tmp_path)
+    agree(ours(x), y)
+    for name, value in state_of(ours).items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_saving_again_replaces_and_a_failure_leaves_what_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, y = run()
+    graphopt.save(model, tmp_path)
+    first = weights_file(tmp_path)
+    model.block.o.weight.mul_(2)
+    real, calls = os.replace, []
+
+    def fail(source: Path, to: Path) -> None:
+        calls.append(to)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        real(source, to)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        graphopt.save(model, tmp_path)
+    assert not [f for f in os.listdir(tmp_path) if f.endswith(".new")] and first.exists()
+    assert torch.equal(graphopt.load(mixed(7), tmp_path)(TOKENS), y)
+    monkeypatch.undo()
+    graphopt.save(model, tmp_path)
+    assert not first.exists()
+    assert torch.equal(graphopt.load(mixed(7), tmp_path)(TOKENS), model(TOKENS))
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+def _cut(directory: Path) -> None:
+    file = weights_file(directory)
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _cut_in_header(directory: Path) -> None:
+    file = weights_file(directory)
+    file.write_bytes(file.read_bytes()[:40])
+
+
+def _longer(directory: Path) -> None:
+    with open(weights_file(directory), "ab") as file:
+        file.write(b"x")
+
+
+def _no_header(directory: Path) -> None:
+    weights_file(directory).write_bytes((64).to_bytes(8, "little") + b"?" * 100)
+
+
+def _no_weights(directory: Path) -> None:
+    weights_file(directory).unlink()
+
+
+def _no_manifest(directory: Path) -> None:
+    (directory / MANIFEST).unlink()
+
+
+def _cut_manifest(directory: Path) -> None:
+    (directory / MANIFEST).write_text((directory / MANIFEST).read_text()[:100])
+
+
+def _not_ours(directory: Path) -> None:
+    changed_manifest(directory, lambda m: m.update(format="gguf"))
+
+
+def _version(directory: Path) -> None:
+    changed_manifest(directory, lambda m: m.update(version=2))
+
+
+def _missing_key(directory: Path) -> None:
+    changed_manifest(directory, lambda m: m.pop("prepared"))
+
+
+def _elsewhere(directory: Path) -> None:
+    changed_manifest(directory, lambda m: m.update(file="../other.safetensors"))
+
+
+def _no_block(directory: Path) -> None:
+    changed_manifest(directory, lambda m: m["weights"]["gain"].update(block="lost"))
+
+
+def _outside(directory: Path) -> None:
+    changed_manifest(directory, lambda m: m["weights"]["block.k.weight"].update(offset=10**6))
+
+
+DAMAGES: dict[Callable[[Path], None], str] = {
+    _cut: r"has \d+ bytes, its header says \d+; save the model again",
+    _cut_in_header: "is cut off or no safetensors file",
+    _longer: r"has \d+ bytes, its header says \d+",
+    _no_header: "has no readable header",
+    _no_weights: "safetensors is missing",
+    _no_manifest: "graphopt.json is missing: no model was saved there",
+    _cut_manifest: "graphopt.json is damaged",
+    _not_ours: "was not written by graphopt.save",
+    _version: "has version 2, this reads 1",
+    _missing_key: r"is damaged \(KeyError\('prepared'\)\)",
+    _elsewhere: "names no file beside it",
+    _no_block: "block 'lost' is not in the file",
+    _outside: "is no part of",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__[1:])
+def test_damage_is_seen_before_anything_is_changed(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    graphopt.save(run()[0], tmp_path)
+    damage(tmp_path)
+    other = mixed(7)
+    before = state_of(other)
+    with pytest.raises(ArtifactError, match=DAMAGES[damage]):
+        graphopt.load(other, tmp_path)
+    assert backend.STORE.owners.of(other) is None
+    assert all(torch.equal(x, before[n]) for n, x in state_of(other).items())
+
+
+def _lacks(model: Mixed) -> None:
+    del model.packed
+
+
+def _has_more(model: Mixed) -> None:
+    model.more = nn.Linear(2, 2)
+
+
+def _other_shape(model: Mixed) -> None:
+    model.block.k = nn.Linear(20, 24, bias=False)
+
+
+def _other_dtype(model: Mixed) -> None:
+    model.block.half()
+
+
+MISFITS: dict[Callable[[Mixed], None], str] = {
+    _lacks: "the model lacks packed; build it from the same configuration",
+    _has_more: "saved was no more.bias, more.weight",
+    _other_shape: r"block.k.weight is \[24, 20\] torch.float32 in the model and \[20, 20\] torch.float32 ",
+    _other_dtype: r"block.\w+.weight is \[\d+, \d+\] torch.float16 in the model",
+}
+
+
+@pytest.mark.parametrize("change", MISFITS, ids=lambda c: c.__name__[1:])
+def test_another_model_is_named(tmp_path: Path, change: Callable[[Mixed], None]) -> None:
+    graphopt.save(run()[0], tmp_path)
+    other = mixed(7)
+    change(other)
+    before = state_of(other)
+    with pytest.raises(ArtifactError, match=MISFITS[change]):
+        graphopt.load(other, tmp_path)
+    assert all(torch.equal(x, before[n]) for n, x in state_of(other).items())
+
+
+def test_what_cannot_be_saved_or_loaded_into(tmp_path: Path) -> None:
+    with pytest.raises(WeightError, match=r"not optimized: call graphopt\.optimize"):
+        graphopt.save(block(), tmp_path)
+    with torch.device("meta"):
+        empty = graphopt.optimize(block())
+    with pytest.raises(ArtifactError, match="is on the meta device: there is nothing to save"):
+        graphopt.save(empty, tmp_path)
+    model, _ = run()
+    graphopt.save(model, tmp_path)
+    with pytest.raises(WeightError, match="optimized already; load into a new one"):
+        graphopt.load(model, tmp_path)
+    changed_manifest(tmp_path, lambda m: m["options"].update(quantise="int8"))
+    other = mixed(7)
+    with pytest.raises(OptionError, match="no option 'quantise'"):
+        graphopt.load(other, tmp_path)
+    assert torch.equal(other.packed, mixed(7).packed)
+
+
+def test_a_program_that_prepares_otherwise_says_so_at_the_first_call(tmp_path: Path) -> None:
+    class Other(Mixed):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.embed(tokens), self.packed * 3)
+
+    graphopt.save(run()[0], tmp_path)
+    ours = graphopt.load(Other().requires_grad_(False), tmp_path)
+    with pytest.raises(
+        ReleasedError, match=r"weight packed \[20, 20\] .* form \w{16} .* not held \(held: \w{16} \["
+    ):
+        ours(TOKENS)
+
+
+def test_tensor_files_are_what_the_format_says(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    tensors = {
+        "a": torch.randn(7, 123),
+        "empty": torch.empty(0, 3),
+        "one": torch.tensor(3, dtype=torch.int8),
+        "half": torch.randn(5).bfloat16(),
+        "flags": torch.tensor([True, False, True]),
+    }
+    digest = tensor_file.write(file, tensors)
+    assert digest == tensor_file.write(tmp_path / "y.safetensors", copy.deepcopy(tensors))
+    read = safetensors.torch.load_file(file)
+    stored = tensor_file.read_header(file)
+    assert list(stored) == list(tensors)
+    for name, x in tensors.items():
+        assert torch.equal(read[name], x)
+        mine = torch.empty_like(x)
+        tensor_file.read_into(file, stored[name], mine)
+        assert torch.equal(mine, x)
+    theirs = tmp_path / "theirs.safetensors"
+    safetensors.torch.save_file(tensors, theirs, metadata={"format": "pt"})
+    stored = tensor_file.read_header(theirs)
+    assert {n: (s.shape, s.dtype) for n, s in stored.items()} == {
+        n: (x.shape, x.dtype) for n, x in tensors.items()
+    }
+    with pytest.raises(ArtifactError, match=r"is torch\.complex64; files hold"):
+        tensor_file.write(file, {"z": torch.zeros(1, dtype=torch.complex64)})

@@ -1,0 +1,611 @@
+"""Optimized models own their weights: originals become views of what was prepared, or stand-ins."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import math
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import fx, nn
+
+import graphopt
+from graphopt import backend
+from graphopt.errors import ReleasedError, WeightError
+from graphopt.ownership import Marked, Owners, follow, is_stand_in, keeps_layout, stand_in, ways
+from tests.block import MERGED, Block, agree, block, counted, example
+
+aten = torch.ops.aten
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """No compiled code, prepared weights or reports of other tests."""
+    torch.compiler.reset()
+    backend.clear_reports()
+    backend.STORE.refresh()
+    yield
+    torch.compiler.reset()
+
+
+class Scaled(nn.Module):
+    """x [batch, 24] -> 24 features: `weight * 2` is prepared, `head` is read as it is."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.weight = nn.Parameter(torch.randn(24, 24) / 5)
+            self.gain = nn.Parameter(torch.randn(24))
+            self.head = nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + nn.functional.linear(x, self.weight * 2, self.gain * 2))
+
+
+def rows(count: int = 3) -> torch.Tensor:
+    """x [count, 24]."""
+    return torch.randn(count, 24, generator=torch.Generator().manual_seed(count))
+
+
+def scaled(seed: int = 0) -> Scaled:
+    return Scaled(seed).eval().requires_grad_(False)
+
+
+def released(seed: int = 0, **options: object) -> tuple[Scaled, torch.Tensor]:
+    """An optimized `Scaled` that has run once, and what it gave for `rows()`."""
+    model = graphopt.optimize(scaled(seed), strict=True, **options)
+    return model, model(rows())
+
+
+def stand_ins(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if is_stand_in(p)}
+
+
+def memory(model: nn.Module) -> int:
+    """The bytes of all storages that parameters and their prepared forms lie in, each counted once."""
+    mine = {id(p) for p in model.parameters()}
+    entries = [e.value for sources, e in backend.STORE.entries() if all(id(s) in mine for s in sources)]
+    storages = [x.untyped_storage() for x in (*model.parameters(), *entries)]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+# ------------------------------------------------------------------------------------------------- aliases
+
+
+def test_a_merged_weight_is_held_once_and_reads_as_ever() -> None:
+    model, x = block(), example()
+    state, eager = copy.deepcopy(model.state_dict()), model(x)
+    graphopt.optimize(model, strict=True)
+    agree(model(x), eager)
+    assert memory(model) == sum(p.nbytes for p in model.parameters()), "one layout a weight"
+    assert model.q.weight.untyped_storage().data_ptr() == model.v.weight.untyped_storage().data_ptr()
+    assert not stand_ins(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]) and value.stride() == state[name].stride()
+
+
+def test_without_release_the_originals_stay() -> None:
+    model, x = block(), example()
+    before = [p.data_ptr() for p in model.parameters()]
+    graphopt.optimize(model, release=False, strict=True)(x)
+    assert [p.data_ptr() for p in model.parameters()] == before
+    assert memory(model) > sum(p.nbytes for p in model.parameters())
+    other, y = released()
+    assert stand_ins(other) == {"weight"}
+    other, z = released(release=False)
+    assert not stand_ins(other) and torch.equal(y, z)
+
+
+def test_without_optimize_nothing_is_released() -> None:
+    mine, yours, x = block(1), block(2), example()
+    before = [p.data_ptr() for p in yours.parameters()]
+    graphopt.optimize(mine, strict=True)(x)
+    torch.compile(yours, backend="graphopt", options={"strict": True})(x)
+    assert [p.data_ptr() for p in yours.parameters()] == before
+
+
+def _in_place(model: Block) -> None:
+    model.k.weight.mul_(3)
+
+
+def _loaded(model: Block) -> None:
+    model.load_state_dict(block(7).state_dict())
+
+
+def _through_data(model: Block) -> None:
+    model.k.weight.data.mul_(3)
+
+
+@pytest.mark.parametrize("change", [_in_place, _loaded, _through_data])
+def test_a_write_to_an_alias_is_a_write_to_what_was_prepared(change: Callable[[Block], None]) -> None:
+    model, x = graphopt.optimize(block(), strict=True), example()
+    before = model(x)
+    twin = block()
+    for changed in (model, twin):
+        change(changed)
+    with counted() as counts:
+        after = model(x)
+    agree(after, twin(x))
+    assert (after - before).abs().max() > 1e-2, "the change cannot be seen"
+    assert counts == {"graphs": 0, "prepared": 0}
+
+
+def test_refresh_prepares_aliases_anew() -> None:
+    model, x = graphopt.optimize(block(), strict=True), example()
+    before = model(x)
+    graphopt.refresh(model)
+    with counted() as counts:
+        assert torch.equal(model(x), before)
+    assert counts == {"graphs": 0, "prepared": MERGED}
+    assert memory(model) == sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("replace", ["parameter", "data", "dtype"])
+def test_what_replaces_an_alias_is_prepared_and_released(replace: str) -> None:
+    model, twin, x = graphopt.optimize(block(), strict=True), block(), example()
+    model(x)
+    new = torch.randn(20, 20)
+    for changed in (model, twin):
+        if replace == "parameter":
+            changed.k.weight = nn.Parameter(new.clone(), requires_grad=False)
+        elif replace == "data":
+            changed.k.weight.data = new.clone()
+        else:
+            changed.double()
+    x = x.double() if replace == "dtype" else x
+    agree(model(x), twin(x))
+    agree(model(x), twin(x))
+    gc.collect()
+    assert memory(model) == sum(p.nbytes for p in model.parameters())
+
+
+def test_a_new_length_finds_what_was_prepared() -> None:
+    model, twin = graphopt.optimize(block(), strict=True), block()
+    with counted() as counts:
+        for length in (5, 9, 5, 3, 9):
+            agree(model(example(length)), twin(example(length)))
+    assert counts["prepared"] == MERGED and counts["graphs"] <= 3
+
+
+class Transposed(nn.Module):
+    """Q, K, V with weights [in, out]: merged, they stand in what is prepared as columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Parameter(torch.randn(24, n) / 5) for n in (24, 12, 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.addmm(x.new_zeros(w.shape[1]), x, w) for w in (self.q, self.k, self.v)], -1)
+
+
+def test_a_transposed_weight_is_an_alias_with_other_strides() -> None:
+    model = Transposed().requires_grad_(False)
+    twin = copy.deepcopy(model)
+    graphopt.optimize(model, strict=True)
+    with counted() as counts:
+        for count in (3, 3, 5, 3, 5):
+            agree(model(rows(count)), twin(rows(count)))
+    assert counts["graphs"] <= 2 and not stand_ins(model)
+    assert memory(model) == sum(p.nbytes for p in model.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_copy_of_a_model_with_aliases_is_nobodys() -> None:
+    model, x = graphopt.optimize(block(), strict=True), example()
+    y = model(x)
+    twin = copy.deepcopy(model)
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    for other in (twin, torch.load(stored, weights_only=False)):
+        assert backend.STORE.owners.of(other) is None
+        agree(other(x), y)
+        other.k.weight.zero_()
+        assert torch.equal(model(x), y)
+        graphopt.optimize(other, strict=True)
+        agree(other(x), other._call_impl(x))
+
+
+# ----------------------------------------------------------------------------------------------- stand-ins
+
+
+def test_a_released_weight_keeps_what_can_be_known_of_it() -> None:
+    model, twin = released()[0], scaled()
+    assert stand_ins(model) == {"weight"}, "one-dimensional weights stay"
+    weight = model.weight
+    assert (weight.shape, weight.dtype, weight.device) == (
+        twin.weight.shape,
+        torch.float32,
+        torch.device("cpu"),
+    )
+    assert weight.isnan().all() and isinstance(weight, nn.Parameter) and not weight.requires_grad
+    assert memory(model) <= 1.03 * sum(p.nbytes for p in model.parameters())
+
+
+def test_new_lengths_compile_from_stand_ins() -> None:
+    model, twin = graphopt.optimize(scaled(), strict=True), scaled()
+    with counted() as counts:
+        for count in (3, 5, 3, 1, 5, 7):
+            agree(model(rows(count)), twin(rows(count)))
+    assert counts["prepared"] == 2 and counts["graphs"] <= 3, "the release is no reason to compile again"
+
+
+def test_modes_of_the_first_call_do_not_matter() -> None:
+    model, twin = graphopt.optimize(scaled(), strict=True), scaled()
+    with torch.inference_mode():
+        model(rows())
+    agree(model(rows()), twin(rows()))
+    assert not model.weight.is_inference()
+
+
+def test_what_would_read_a_stand_in_says_so() -> None:
+    model, y = released()
+    asked = rows().requires_grad_()
+    attempts: dict[str, Callable[[], object]] = {
+        "read as a state dict": model.state_dict,
+        "copied": lambda: copy.deepcopy(model),
+        "pickled": lambda: torch.save(model, io.BytesIO()),
+        "run without being compiled": lambda: model._call_impl(rows()),
+    }
+    for what, attempt in attempts.items():
+        with pytest.raises(
+            ReleasedError, match=f"weight weight was released .* cannot be {what}; graphopt.save"
+        ):
+            attempt()
+    with pytest.raises(RuntimeError, match="more than one element"):
+        model.weight.mul_(2)
+    graphopt.optimize(model)  # without strict
+    as_it_was = pytest.raises(
+        ReleasedError, match=r"weight weight was released .* as it was; reload the model"
+    )
+    with torch.enable_grad(), pytest.warns(UserWarning, match="no_grad"), as_it_was:
+        model(asked)
+    assert torch.equal(model(rows()), y), "nothing of that has changed anything"
+
+
+def test_a_program_that_fails_does_not_fall_back_on_stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = graphopt.optimize(scaled())
+    model(rows())
+    original = backend.Guarded._recover
+    failed = RuntimeError("broken kernel")
+
+    def fail(self: backend.Guarded, args: tuple[object, ...], error: Exception) -> object:
+        return original(self, args, failed)
+
+    monkeypatch.setattr(backend.Guarded, "_recover", fail)
+    monkeypatch.setattr(
+        backend.Guarded, "run", property(lambda self: _broken, lambda self, run: None), raising=False
+    )
+    with pytest.raises(ReleasedError, match="weight weight was released"):
+        model(rows())
+
+
+def _broken(*args: object) -> object:
+    raise RuntimeError("broken kernel")
+
+
+def test_a_form_that_is_not_held_is_an_error_with_a_way_out() -> None:
+    model, _ = released()
+    backend.STORE._entries.clear()
+    backend.STORE._forget_sets()
+    with pytest.raises(
+        ReleasedError,
+        match=r"weight weight \[24, 24\] was released, and the form \w{16} .* nothing\); reload",
+    ):
+        model(rows())
+
+
+def test_another_road_to_a_released_weight_is_an_error() -> None:
+    model, _ = released()
+    passes = (graphopt.Canonicalize(), graphopt.Recognise(), graphopt.Lower())
+    program, _ = graphopt.Pipeline(passes).run(graphopt.capture(model, rows()))
+    with pytest.raises(ReleasedError, match=r"weight weight \[24, 24\] was released"):
+        program(rows())
+
+
+def test_refresh_keeps_the_only_form_of_a_weight() -> None:
+    model, y = released()
+    graphopt.refresh(model)
+    graphopt.refresh()
+    with counted() as counts:
+        assert torch.equal(model(rows()), y)
+    assert counts == {"graphs": 0, "prepared": 1}, "the bias has its original"
+
+
+@pytest.mark.parametrize("replace", ["parameter", "data", "state", "assigned", "zero"])
+def test_new_values_are_prepared_and_released(replace: str) -> None:
+    model, twin = released()[0], scaled()
+    new = torch.randn(24, 24)
+    if replace == "parameter":
+        model.weight = nn.Parameter(new.clone())
+    elif replace == "data":
+        model.weight.data = new.clone()
+    elif replace == "zero":  # a fill is possible on one element
+        model.weight.zero_()
+        new = torch.zeros(24, 24)
+    else:
+        twin = scaled(5)
+        model.load_state_dict(twin.state_dict(), assign=replace == "assigned")
+        new = twin.weight
+    twin.weight.copy_(new)
+    model.requires_grad_(False)
+    for _ in range(2):
+        agree(model(rows()), twin(rows()))
+    gc.collect()
+    assert stand_ins(model) == {"weight"}
+
+
+def test_a_state_that_does_not_fit_leaves_the_stand_in() -> None:
+    model, y = released()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict({**scaled().state_dict(), "weight": torch.zeros(3, 3)})
+    assert stand_ins(model) == {"weight"} and torch.equal(model(rows()), y)
+
+
+def test_a_cast_of_a_stand_in_is_an_error() -> None:
+    model, _ = released()
+    model.double()
+    with pytest.raises(ReleasedError, match=r"weight weight \[24, 24\] was released"):
+        model(rows().double())
+
+
+def test_other_options_are_refused_where_weights_are_gone() -> None:
+    model, y = released()
+    with pytest.raises(WeightError, match=r"weight weight was released under other options .*; reload"):
+        graphopt.optimize(model, merge=False)
+    assert torch.equal(graphopt.optimize(model)(rows()), y), "strict changes no weight"
+    aliased, x = graphopt.optimize(block()), example()
+    before = aliased(x)
+    agree(graphopt.optimize(aliased, merge=False)(x), before)
+
+
+def test_again_with_the_same_options_is_nothing() -> None:
+    model, x = graphopt.optimize(block(), strict=True), example()
+    model(x)
+    compiled = model._compiled_call_impl
+    with counted() as counts:
+        assert graphopt.optimize(model, strict=True) is model
+        model(x)
+    assert model._compiled_call_impl is compiled and counts == {"graphs": 0, "prepared": 0}
+    assert len(model.q._forward_pre_hooks) == len(model.q._state_dict_pre_hooks) == 1
+
+
+# --------------------------------------------------------------------------------- weights with other readers
+
+
+class Tied(nn.Module):
+    """An embedding whose table is the head's weight too; a graph break makes two programs of it."""
+
+    def __init__(self, breaks: bool = False, late: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(30, 24)
+        self.breaks, self.late = breaks, late
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.one_hot(tokens, 24).float() if self.late else self.embed(tokens)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        x = nn.functional.linear(x, self.embed.weight * 2)
+        if self.late:
+            torch._dynamo.graph_break()
+            x = x + self.embed(tokens).sum()
+        return x
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_weight_that_is_read_as_it_is_too_stays(breaks: bool) -> None:
+    model, tokens = Tied(breaks).requires_grad_(False), torch.tensor([[1, 5, 2]])
+    eager = model(tokens)
+    graphopt.optimize(model, strict=True)
+    for _ in range(2):
+        agree(model(tokens), eager)
+    assert not stand_ins(model)
+
+
+def test_a_later_program_that_reads_it_as_it_is_says_so() -> None:
+    model = graphopt.optimize(Tied(late=True), strict=True)
+    with pytest.raises(ReleasedError, match=r"weight embed\.weight was released"):
+        model(torch.tensor([[1, 5, 2]]))
+    other = graphopt.optimize(Tied(late=True), release=False, strict=True)
+    assert not other(torch.tensor([[1, 5, 2]])).isnan().any()
+
+
+def test_a_parameter_of_two_optimized_models_stays() -> None:
+    one, two = scaled(1), scaled(2)
+    two.weight = one.weight
+    for model in (one, two):
+        graphopt.optimize(model, strict=True)
+    found = [model(rows()) for model in (one, two)]
+    assert not stand_ins(one) and not stand_ins(two)
+    one.weight.mul_(3)
+    assert all(not torch.equal(m(rows()), y) for m, y in zip((one, two), found, strict=True))
+
+
+def test_a_part_of_an_optimized_model_is_no_second_model() -> None:
+    inner = scaled()
+    outer = nn.Sequential(inner)
+    eager = inner(rows())
+    graphopt.optimize(inner, strict=True)
+    graphopt.optimize(outer, strict=True)
+    agree(outer(rows()), eager)
+    agree(outer(rows()), eager)
+    assert stand_ins(outer) == {"0.weight"}
+
+
+def test_another_model_that_shares_a_parameter_hears_of_its_release() -> None:
+    other = scaled(2)
+    model = graphopt.optimize(scaled(1), strict=True)
+    other.weight = model.weight
+    theirs = torch.compile(other, backend="graphopt", options={"merge": False})
+    before = theirs(rows())
+    model(rows())
+    assert not before.isnan().any() and stand_ins(other) == {"weight"}
+    agree(theirs(rows()), before)  # of the same prepared form
+    other.weight = nn.Parameter(stand_in((24, 24), torch.float32, torch.device("cpu")), requires_grad=False)
+    with pytest.raises(ReleasedError, match="is not held"):
+        theirs(rows())
+
+
+def test_buffers_are_not_owned() -> None:
+    class Buffered(Scaled):
+        def __init__(self) -> None:
+            super().__init__()
+            weight = self.weight.detach()
+            del self.weight
+            self.register_buffer("weight", weight)
+
+    model = graphopt.optimize(Buffered().requires_grad_(False), strict=True)
+    model(rows())
+    assert not model.weight.isnan().any()
+
+
+def test_a_slice_of_a_weight_does_not_keep_all_of_it() -> None:
+    class Sliced(Scaled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.weight[:6])
+
+    model = Sliced().requires_grad_(False)
+    eager = model(rows())
+    before = model.weight.nbytes
+    graphopt.optimize(model, strict=True)
+    agree(model(rows()), eager)
+    assert stand_ins(model) == {"weight"}
+    assert memory(model) <= sum(p.nbytes for p in model.parameters()) - 0.7 * before
+
+
+def test_threads_share_one_release() -> None:
+    model, twin = graphopt.optimize(scaled(), strict=True), scaled()
+    model(rows())
+    backend.STORE._entries.clear()
+    model.load_state_dict(twin.state_dict())
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with torch.no_grad():
+                for count in (3, 3, 3):
+                    agree(model(rows(count)), expected)
+        except BaseException as error:
+            failures.append(error)
+
+    expected = twin(rows())
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    assert stand_ins(model) == {"weight"}
+
+
+# --------------------------------------------------------------------------------------------------- pieces
+
+
+def prepare_graph(build: Callable[..., fx.Node], *shapes: tuple[int, ...]) -> fx.GraphModule:
+    """A prepare graph with abstract values, from `build(graph, *weights)`."""
+    from graphopt import graph as g
+    from graphopt.torch_private import new_fake_mode
+
+    mode, graph = new_fake_mode(), fx.Graph()
+    weights = []
+    for i, shape in enumerate(shapes):
+        weights.append(graph.placeholder(f"w{i}"))
+        with mode:
+            g.set_val(weights[-1], torch.empty(shape))
+
+    def call(target: Callable[..., object], *args: object) -> fx.Node:
+        node = graph.call_function(target, args)  # type: ignore[arg-type]  # nodes
+        with mode:
+            g.set_val(node, target(*fx.node.map_arg(args, g.val)))
+        return node
+
+    graph.output(build(call, *weights))
+    return fx.GraphModule(nn.Module(), graph)
+
+
+@pytest.mark.parametrize(
+    ("build", "found", "rows_only"),
+    [
+        (lambda call, a, b: call(aten.cat.default, [a, b], 0), {0, 1}, True),
+        (lambda call, a, b: call(aten.cat.default, [a, b], -2), {0, 1}, True),
+        (
+            lambda call, a, b: call(aten.cat.default, [call(aten.t.default, x) for x in (a, b)], 1),
+            {0, 1},
+            False,
+        ),
+        (
+            lambda call, a, b: call(aten.permute.default, call(aten.cat.default, [a, b], 0), [1, 0]),
+            {0, 1},
+            False,
+        ),
+        (
+            lambda call, a, b: call(aten.transpose.int, call(aten.cat.default, [b, a], 0), 0, -1),
+            {0, 1},
+            False,
+        ),
+        (lambda call, a, b: call(aten.cat.default, [a, call(aten.mul.Tensor, b, 2)], 0), {0}, True),
+        (lambda call, a, b: call(aten.cat.default, [a, a, b], 0), {1}, True),
+        (lambda call, a, b: call(aten.cat.default, [a, call(aten.clone.default, b)], 0), {0, 1}, True),
+        (lambda call, a, b: call(aten.slice.Tensor, call(aten.cat.default, [a, b], 0), 0, 1, 9), set(), True),
+        (lambda call, a, b: call(aten.to.dtype, a, torch.float64), set(), True),
+        (lambda call, a, b: call(aten.sum.default, a), set(), True),
+    ],
+)
+def test_ways_lead_to_what_was_put_in(
+    build: Callable[..., fx.Node], found: set[int], rows_only: bool
+) -> None:
+    gm = prepare_graph(build, (7, 5), (4, 5))
+    weights = [torch.randn(7, 5), torch.randn(4, 5)]
+    result, ways_found = gm(*weights), ways(gm)
+    assert set(ways_found) == found
+    for i, way in ways_found.items():
+        part = follow(way, result)
+        assert torch.equal(part, weights[i]) and keeps_layout(way) == rows_only
+        assert part.untyped_storage().data_ptr() == result.untyped_storage().data_ptr()
+
+
+def test_what_is_a_stand_in() -> None:
+    cpu = torch.device("cpu")
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = stand_in((3, 1, 4), dtype, cpu)
+        assert (
+            is_stand_in(x) and x.shape == (3, 1, 4) and x.dtype == dtype and x.untyped_storage().nbytes() < 16
+        )
+    for other in (
+        torch.full((3, 4), math.nan),
+        torch.full((1,), math.nan).expand(4),
+        torch.zeros(1, 1).expand(3, 4),
+        torch.zeros(1, 1, dtype=torch.int8).expand(3, 4),
+        torch.empty(1, 1, device="meta").expand(3, 4),
+        torch.empty(0, 3),
+        None,
+        3,
+    ):
+        assert not is_stand_in(other)
+    assert not is_stand_in(stand_in((3, 4), torch.float32, cpu).zero_())
+
+
+def test_marks_die_with_their_tensors() -> None:
+    marked = Marked()
+    kept = [torch.zeros(1) for _ in range(3)]
+    for x in (*kept, torch.zeros(1)):
+        marked.add(x)
+    del x
+    gc.collect()
+    assert len(marked._tensors) == 3 and all(x in marked for x in kept) and torch.zeros(1) not in marked
+
+
+def test_a_dead_model_is_owned_no_more() -> None:
+    owners = backend.STORE.owners
+    assert isinstance(owners, Owners)
+    model = graphopt.optimize(block())
+    weight = model.q.weight
+    assert id(weight) in owners.releasable()
+    del model
+    gc.collect()
+    assert id(weight) not in owners.releasable()
