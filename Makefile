@@ -20,7 +20,9 @@ demo: $(READY)
 	$(BIN)/python -m graphopt.tools.demo
 
 # Model tests spend their time compiling in Python: two processes of one thread beat one process of two threads.
+# Triton interprets or compiles, never both in one process: two runs, and the first fails early.
 test: $(READY)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal tests/kernels_interpret
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 check: $(READY)

@@ -106,7 +106,7 @@ def _lay_out(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tenso
     """
     fills: dict[int, tuple[str, torch.Tensor]] = {}
     for name, x in tensors.items():
-        ordered = x.detach().permute(sorted(range(x.dim()), key=lambda d: (-x.stride(d), d)))
+        ordered = x.detach().permute(sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True))
         if ordered.is_contiguous() and ordered.nbytes == ordered.untyped_storage().nbytes() > 0:
             fills.setdefault(ordered.data_ptr(), (name, ordered))
     blocks: dict[str, torch.Tensor] = {}
@@ -114,13 +114,12 @@ def _lay_out(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tenso
     for name, x in tensors.items():
         home, block = fills.get(x.untyped_storage().data_ptr(), (name, x))
         if block is x or block.dtype != x.dtype:
-            home = name
-            block = part = x.detach().contiguous()
-            offset = 0
+            home, block = name, x.detach().contiguous()
+            stride, offset = block.stride(), 0
         else:
-            part, offset = x, x.storage_offset()
+            stride, offset = x.stride(), int(x.storage_offset())
         blocks[home] = block
-        places[name] = Place(tuple(x.shape), str(x.dtype), home, tuple(part.stride()), offset)
+        places[name] = Place(tuple(x.shape), str(x.dtype), home, tuple(stride), offset)
     return blocks, places
 
 
@@ -276,10 +275,10 @@ def _off_meta(model: nn.Module) -> dict[str, torch.Tensor]:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         if id(x) not in replaced:
-            empty = torch.empty(0, dtype=x.dtype)
+            new = torch.empty(0, dtype=x.dtype)
             is_parameter = isinstance(x, nn.Parameter)
-            replaced[id(x)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
-        (module._parameters if leaf in module._parameters else module._buffers)[leaf] = replaced[id(x)]
+            replaced[id(x)] = nn.Parameter(new, requires_grad=False) if is_parameter else new
+        setattr(module, leaf, replaced[id(x)])  # as the parameter or buffer that it is
     return {name: replaced.get(id(x), x) for name, x in originals.items()}
 
 

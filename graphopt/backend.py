@@ -167,7 +167,8 @@ def _build(
     fall_back: Callable[[fx.GraphModule, Sequence[object]], Callable[..., object]],
 ) -> Callable[..., object]:
     """Compile, keep the report, warn; or what falls back gives."""
-    _check_target(options.target, _device(examples))
+    device = _device(examples)
+    _check_target(options.target, device)
     mesh = mesh_of(options.shard)
     observers = from_environment()
     report = Report()
@@ -176,11 +177,12 @@ def _build(
     if report.fallback is None:
         try:
             captured = from_dynamo(gm, examples)
-            ctx = context(options, device=_device(examples), store=STORE, observers=observers)
+            ctx = context(options, device=device, store=STORE, observers=observers)
             ctx.mesh = mesh
             ctx.replay = ctx.replay and mesh is None  # a rank that replays alone would hang the others
             with within(None):  # what is run and traced on the way has its casts in the graph
-                program, report = pipeline(options, rank=mesh.rank if mesh else 0).run(captured, ctx)
+                road = pipeline(options, device=device, rank=mesh.rank if mesh else 0)
+                program, report = road.run(captured, ctx)
         except OptionError:
             raise  # an option that this program cannot have: the user has to know, not to get another program
         except Exception as error:

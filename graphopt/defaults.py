@@ -29,6 +29,7 @@ from graphopt.lowering.module import Lower
 from graphopt.observe import Observer
 from graphopt.options import Options
 from graphopt.passes.canonicalize import Canonicalize
+from graphopt.passes.fuse import Fuse
 from graphopt.passes.merge import Merge
 from graphopt.passes.quantize import Quantize
 from graphopt.passes.recognise import Recognise
@@ -36,7 +37,7 @@ from graphopt.passes.shard import Shard
 from graphopt.patterns import attention, cache, linear, mlp, norm, rope, torch_ops
 from graphopt.pipeline import Context, Pass, Pipeline, passes_named
 from graphopt.rule import Rule
-from graphopt.targets import target_of
+from graphopt.targets import CPU, target_of
 from graphopt.translate import Translation
 from graphopt.weights import WeightStore
 
@@ -91,7 +92,7 @@ def context(
     options = options or Options()
     return Context(
         store=store if store is not None else WeightStore(),
-        target=target_of(torch.device(device)) if options.target == "auto" else options.target,
+        target=target_for(options, device),
         replay=options.cuda_graphs,
         rules=RULES,
         kernels=KERNELS,
@@ -110,14 +111,28 @@ def asked_for(options: Options, rank: int = 0) -> tuple[Pass, ...]:
     return tuple(passes)
 
 
-def pipeline(options: Options | None = None, *, until: str | None = None, rank: int = 0) -> Pipeline:
+def pipeline(
+    options: Options | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    until: str | None = None,
+    rank: int = 0,
+) -> Pipeline:
     """The default passes that the options leave, up to the one named `until`, included.
 
-    `rank` is whose program it is, where `shard` is more than one.
+    `device` is where the program runs, as for `context`; `rank` whose it is, where `shard` is more than one.
     """
     options = options or Options()
     at = passes_named(PIPELINE).index("merge") + 1
     passes = [p for p in PIPELINE[:at] if options.merge or p.name != "merge"]
-    passes += [*asked_for(options, rank), *PIPELINE[at:]]
+    passes += asked_for(options, rank)
+    if target_for(options, device) != CPU:
+        passes.append(Fuse())  # the last of the transforms: it reads what all others have made
+    passes += PIPELINE[at:]
     names = passes_named(passes)
     return Pipeline(tuple(passes[: names.index(until) + 1] if until else passes))
+
+
+def target_for(options: Options, device: str | torch.device) -> str:
+    """The target that the options name, or that serves the device."""
+    return target_of(torch.device(device)) if options.target == "auto" else options.target

@@ -130,7 +130,7 @@ def rule(
         RuleError: a parameter of the pattern has no spec, or a spec no parameter.
     """
     names = pattern.__code__.co_varnames[: pattern.__code__.co_argcount]
-    needed = names[: len(names) - len(pattern.__defaults__ or ())]  # type: ignore[attr-defined]  # a function
+    needed = names[: len(names) - len(pattern.__defaults__ or ())]
     given = {**(shared or {}), **specs}
     if not set(needed) <= set(given) <= set(names):
         raise RuleError(

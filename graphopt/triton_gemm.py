@@ -38,24 +38,16 @@ class Tile:
     resident: int
 
 
-# In half precision, large to small; the key is the capability, 0 for AMD. Not measured yet but for the first
-# of 90, which is that of KERNELS: 156 registers, 213 kB.
-TILES: dict[int, tuple[Tile, ...]] = {
-    80: (Tile(128, 128, 32, 8, 4, 2), Tile(64, 64, 64, 4, 4, 2), Tile(64, 32, 64, 4, 4, 3)),
-    90: (
-        Tile(128, 256, 64, 8, 3, 1),
-        Tile(128, 128, 64, 8, 3, 1),
-        Tile(64, 64, 64, 4, 4, 3),
-        Tile(64, 32, 128, 4, 4, 2),
-    ),
-    100: (
-        Tile(128, 256, 64, 8, 3, 1),
-        Tile(128, 128, 64, 8, 3, 1),
-        Tile(64, 64, 64, 4, 4, 3),
-        Tile(64, 32, 128, 4, 4, 2),
-    ),
-    0: (Tile(128, 128, 64, 8, 2, 1), Tile(64, 64, 64, 4, 2, 2), Tile(64, 32, 64, 4, 2, 2)),
-}
+# In half precision, large to small. Chosen by what compiles without spills, not timed yet; the first with TMA is
+# KERNELS' own (154 registers, 213 kB of shared memory on sm_90).
+WITH_TMA = (
+    Tile(128, 256, 64, 8, 3, 1),
+    Tile(128, 128, 64, 8, 3, 1),
+    Tile(64, 64, 64, 4, 4, 3),
+    Tile(64, 32, 128, 4, 4, 2),
+)
+BY_POINTERS = (Tile(128, 128, 32, 8, 4, 2), Tile(64, 64, 64, 4, 4, 2), Tile(64, 32, 64, 4, 4, 3))
+ON_AMD = (Tile(128, 128, 64, 8, 2, 1), Tile(64, 64, 64, 4, 2, 2), Tile(64, 32, 64, 4, 2, 2))
 EXACT = Tile(64, 64, 32, 8, 2, 2)  # fp32, without tensor cores
 
 
@@ -201,10 +193,10 @@ def gemm(product: Product) -> None:
     p, target = product, current_target(product.x)
     if p.norm is not None:
         raise ValueError(f"gemm has no norm {p.norm!r}; launch it before")
-    tile = tile_for(p, target)
-    block_n, block_k = _columns(p, tile), p.block_k(tile.k)
     # fp32 is multiplied without tensor cores, whose operands TMA is for: pointers take fewer registers.
     tma = target.capability >= 90 and p.x.dtype != torch.float32 and has_descriptor(p.x, p.weight)
+    tile = tile_for(p, target, tma)
+    block_n, block_k = _columns(p, tile), p.block_k(tile.k)
     launch(
         _gemm,
         (min(tile.resident * target.multiprocessors, _tiles(p, tile)),),
@@ -235,11 +227,11 @@ def gemm(product: Product) -> None:
     )
 
 
-def tile_for(product: Product, target: Target) -> Tile:
+def tile_for(product: Product, target: Target, tma: bool) -> Tile:
     """The largest tile that has no more rows than the product and fills the target, or the smallest."""
     if product.x.dtype == torch.float32:
         return EXACT
-    tiles = TILES[target.capability]
+    tiles = ON_AMD if target.is_hip else WITH_TMA if tma else BY_POINTERS
     fill = (t for t in tiles if t.m <= product.rows and _tiles(product, t) >= target.multiprocessors)
     return next(fill, tiles[-1])
 

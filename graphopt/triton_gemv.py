@@ -332,6 +332,6 @@ def skinny(product: Product) -> None:
         SLICES=slices,
         BLOCK_K=p.block_k(SLICE // p.x.element_size()),
         STATS_K=256,
-        num_warps=slices,
+        num_warps=8 if p.x.element_size() == 4 else slices,
         num_stages=2 if target.is_hip else 4,
     )

@@ -6,21 +6,28 @@ writes its (values, total, peak) in fp32; the last one of a kv head to arrive pu
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import fx
 
+from graphopt.attention_cases import HALF, case, masks, must
+from graphopt.counters import counters
 from graphopt.graph import shape
 from graphopt.kernel import GPU, Kernel, Tensor
-from graphopt.kernels.attention_triton import HALF, case, masks, must
 from graphopt.launch import current_target, launch
 from graphopt.targets import Target
-from graphopt.torch_private import fake_mode_of
-from graphopt.triton_attention import absorb, inputs, mean_of_values, padded, refusal, seen_keys
+from graphopt.triton_attention import (
+    MOST_REGISTERS,
+    absorb,
+    inputs,
+    mean_of_values,
+    padded,
+    refusal,
+    seen_keys,
+)
 
 MOST_QUERIES = 16
 MOST_ROWS = 64  # of a tile; more heads times queries are more tiles, that read the keys again
@@ -68,14 +75,16 @@ def _joined(
         segments = start + tl.arange(0, CHUNK)
         at = (place + segments)[:, None] * ROWS + rows[None, :]
         in_parts = (segments < active)[:, None]
-        peaks = tl.load(peaks_ptr + at, mask=in_parts, other=float("-inf"), cache_modifier=".cg")
-        totals = tl.load(totals_ptr + at, mask=in_parts, other=0.0, cache_modifier=".cg")
+        peaks = tl.load(peaks_ptr + at, mask=in_parts, other=float("-inf"), cache_modifier=".cg").to(
+            tl.float32
+        )
+        totals = tl.load(totals_ptr + at, mask=in_parts, other=0.0, cache_modifier=".cg").to(tl.float32)
         parts = tl.load(
             parts_ptr + at[:, :, None] * BLOCK_V + value_dims[None, None, :],
             mask=in_parts[:, :, None],
             other=0.0,
             cache_modifier=".cg",
-        )
+        ).to(tl.float32)
         higher = tl.maximum(peak, tl.max(peaks, 0))
         anchor = tl.where(higher == float("-inf"), 0.0, higher)
         fade = tl.exp2((peak - anchor) * UNIT)
@@ -90,11 +99,12 @@ def _joined(
 def _attention_split(
     q_ptr, k_ptr, v_ptr, out_ptr, parts_ptr, arrived_ptr, offset_ptr, padding_ptr, bias_ptr, sinks_ptr,
     scale, softcap, offset, window, tiles, kv_heads, group, queries, keys,
-    q_stride_b, q_stride_h, q_stride_q, k_stride_b, k_stride_h, k_stride_k, v_stride_b, v_stride_h, v_stride_k,
-    padding_stride_b, padding_stride_k, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, sinks_stride,
-    CAUSAL: tl.constexpr, MEAN: tl.constexpr, SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    ROWS: tl.constexpr, KEPT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    CHUNK: tl.constexpr, LEAST: tl.constexpr,
+    q_stride_b, q_stride_h, q_stride_q, k_stride_b, k_stride_h, k_stride_k,
+    v_stride_b, v_stride_h, v_stride_k, padding_stride_b, padding_stride_k,
+    bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, sinks_stride,
+    CAUSAL: tl.constexpr, MEAN: tl.constexpr, SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, ROWS: tl.constexpr, KEPT: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     """out [B, Q, H, Dv]; programs (tile of rows of a kv head of a batch, segment of its keys)."""
     LOG2: tl.constexpr = 1.4426950408889634
@@ -131,8 +141,9 @@ def _attention_split(
     positions = row_queries + offset
 
     if segment < active:
+        q_ptr += batch * q_stride_b
         q = tl.load(
-            q_ptr + batch * q_stride_b + (row_heads * q_stride_h + row_queries * q_stride_q)[:, None] + dims[None, :],
+            q_ptr + (row_heads * q_stride_h + row_queries * q_stride_q)[:, None] + dims[None, :],
             mask=in_rows[:, None] & (dims < HEAD_DIM)[None, :],
             other=0.0,
         )
@@ -219,54 +230,6 @@ def _attention_split(
 # --------------------------------------------------------------------------------------------------- host
 
 
-@dataclass
-class Counters:
-    """Zeroed int32 counters of one device. A kernel leaves those that it used at zero again.
-
-    A launch of a stream may use those of the launch before it: they never run together. A launch that a CUDA
-    graph records gets counters of its own, for good: graphs may be replayed side by side on any streams, and
-    zeros that are made inside a capture cost a launch at each replay.
-    """
-
-    device: torch.device
-    streams: dict[int, torch.Tensor] = field(default_factory=dict)
-    reserve: torch.Tensor | None = None  # zeros for captures: memory cannot be set while one is recorded
-    taken: int = 0
-
-    RESERVED = 1 << 16  # 256 kB: 2,000 captured launches of 32 kv heads
-
-    def take(self, count: int) -> torch.Tensor:
-        """`count` zeros for one launch on the current stream."""
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return self._captured(count)
-        if self.device.type == "cuda" and self.reserve is None:
-            self.reserve = self._zeros(self.RESERVED)
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
-        if stream not in self.streams or self.streams[stream].numel() < count:
-            self.streams[stream] = self._zeros(max(1024, triton.next_power_of_2(count)))
-        return self.streams[stream]
-
-    def _captured(self, count: int) -> torch.Tensor:
-        if self.reserve is None or self.taken + count > self.RESERVED:
-            return torch.zeros(count, dtype=torch.int32, device=self.device)  # one more launch in the graph
-        self.taken += count
-        return self.reserve[self.taken - count : self.taken]
-
-    def _zeros(self, count: int) -> torch.Tensor:
-        # From the host, which waits: other streams may use them at once.
-        return torch.zeros(count, dtype=torch.int32).to(self.device)
-
-
-_counters_of = functools.cache(Counters)
-
-
-def counters(x: torch.Tensor, count: int) -> torch.Tensor:
-    """At least `count` zeros on the device of x."""
-    if fake_mode_of((x,)) is not None:
-        return x.new_empty((count,), dtype=torch.int32)
-    return _counters_of(x.device).take(count)
-
-
 @dataclass(frozen=True)
 class Cut:
     """How one launch is cut: rows and tiles of rows of a kv head, keys of a block, segments."""
@@ -309,7 +272,8 @@ def attention_split(
 ) -> torch.Tensor:
     """One launch. The result is [B, H, Q, Dv] in memory [B, Q, H, Dv]: joining the heads again is a view."""
     x = inputs(
-        q, k, v, scale, causal, offset, offset_tensor, window, key_padding, bias, softcap, sinks, empty_rows_mean
+        q, k, v, scale, causal, offset, offset_tensor, window, key_padding, bias, softcap, sinks,
+        empty_rows_mean,
     )  # fmt: skip
     (batch, heads, queries, dim), (_, kv_heads, keys, value_dim) = q.shape, v.shape
     group = heads // kv_heads
@@ -335,7 +299,7 @@ def attention_split(
         CAUSAL=causal, MEAN=x.mean, SPLIT=cut.segments > 1, HEAD_DIM=dim, VALUE_DIM=value_dim,
         ROWS=cut.rows, KEPT=kept, BLOCK_N=cut.block_n, BLOCK_D=block_d, BLOCK_V=block_v,
         CHUNK=max(1, PARTS // (kept * block_v)), LEAST=SEGMENT // cut.block_n,
-        num_warps=cut.warps, num_stages=cut.stages,
+        num_warps=cut.warps, num_stages=cut.stages, maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     return out.transpose(1, 2)
 
@@ -377,27 +341,30 @@ CASES = (
     *(case(f"head_dim {d}", heads=2, kv_heads=1, queries=2, keys=520, dim=d) for d in (80, 96, 128, 256)),
     *(case(f"groups of {g}", heads=8, kv_heads=8 // g, queries=1, keys=520, batch=1) for g in (1, 4, 8)),
     *(
-        case(name, heads=2, kv_heads=1, queries=3, keys=600, **parts) for name, parts in masks(3, 600).items()
+        case(name, heads=2, kv_heads=1, queries=3, keys=600, parts=parts)
+        for name, parts in masks(3, 600).items()
     ),
 )
 
 CACHE = {"causal": True, "offset_tensor": Tensor((1,), torch.int64)}
+PADDING = Tensor((8, 4096), torch.bool)
+SINKS = Tensor((32,), HALF)
 MUST_ACCEPT = (
-    *(must(f"decode {d}", d, 1, keys=4096, **CACHE) for d in (64, 80, 96, 128, 256)),
-    must("decode, one head a group", 64, 1, kv_heads=32, keys=8192, **CACHE),
-    must("decode, groups of 8", 64, 1, kv_heads=4, keys=32768, **CACHE),
-    must("decode, batch of 8", 128, 1, batch=8, keys=4096, key_padding=Tensor((8, 4096), torch.bool), **CACHE),
-    must("decode, window, softcap", 256, 1, keys=4096, window=1024, softcap=50.0, **CACHE),
-    must("decode, window, sinks", 64, 1, kv_heads=4, keys=4096, window=128, sinks=Tensor((32,), HALF), **CACHE),
-    must("four queries", 128, 4, keys=4096, **CACHE),
+    *(must(f"decode {d}", d, 1, keys=4096, parts=CACHE) for d in (64, 80, 96, 128, 256)),
+    must("decode, one head a group", 64, 1, kv_heads=32, keys=8192, parts=CACHE),
+    must("decode, groups of 8", 64, 1, kv_heads=4, keys=32768, parts=CACHE),
+    must("decode, batch of 8", 128, 1, batch=8, keys=4096, key_padding=PADDING, parts=CACHE),
+    must("decode, window, softcap", 256, 1, keys=4096, window=1024, softcap=50.0, parts=CACHE),
+    must("decode, window, sinks", 64, 1, kv_heads=4, keys=4096, window=128, sinks=SINKS, parts=CACHE),
+    must("four queries", 128, 4, keys=4096, parts=CACHE),
     must("decode, bias", 128, 1, batch=16, keys=4096, bias=Tensor((1, 32, 1, 4096), HALF)),
-    must("full precision", 64, 1, keys=4096, dtype=None, **CACHE),
-    must("full precision, batch of 8", 128, 1, batch=8, keys=4096, dtype=None, **CACHE),
+    must("full precision", 64, 1, keys=4096, dtype=None, parts=CACHE),
+    must("full precision, batch of 8", 128, 1, batch=8, keys=4096, dtype=None, parts=CACHE),
 )
 
 KERNELS = (
     Kernel(
-        "attention", "attention_split_triton", attention_split, attention_split_refuses, GPU, CASES, MUST_ACCEPT,
-        (("_attention_split", "wide_loads"),),
+        "attention", "attention_split_triton", attention_split, attention_split_refuses, GPU, CASES,
+        MUST_ACCEPT, (("_attention_split", "wide_loads"),),
     ),
 )  # fmt: skip

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from graphopt.kernel import GPU, Case, Kernel, Tensor
+from graphopt.attention_cases import HALF, case, masks, must
+from graphopt.kernel import GPU, Kernel, Tensor
 from graphopt.launch import ALIGNED, current_target, launch
 from graphopt.ops.define import wide
 from graphopt.targets import Target
 from graphopt.torch_private import fake_mode_of
-from graphopt.triton_attention import absorb, inputs, mean_of_values, padded, refusal, seen_keys
+from graphopt.triton_attention import (
+    MOST_REGISTERS,
+    absorb,
+    inputs,
+    mean_of_values,
+    padded,
+    refusal,
+    seen_keys,
+)
 
 # ------------------------------------------------------------------------------------------------- device
 
@@ -82,12 +91,13 @@ def _step(
 def _attention(
     q_ptr, k_ptr, v_ptr, k_rows, v_rows, out_ptr, lse_ptr, offset_ptr, padding_ptr, bias_ptr, sinks_ptr,
     scale, softcap, offset, window, heads, group, queries, keys,
-    q_stride_b, q_stride_h, q_stride_q, k_stride_b, k_stride_h, k_stride_k, v_stride_b, v_stride_h, v_stride_k,
-    padding_stride_b, padding_stride_k, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, sinks_stride,
+    q_stride_b, q_stride_h, q_stride_q, k_stride_b, k_stride_h, k_stride_k,
+    v_stride_b, v_stride_h, v_stride_k, padding_stride_b, padding_stride_k,
+    bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, sinks_stride,
     CAUSAL: tl.constexpr, MEAN: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """out [B, Q, H, Dv]; programs: blocks of queries (the last, longest one first) of head 0, of head 1, ..."""
+    """out [B, Q, H, Dv]; programs: blocks of queries (the last and longest first) of head 0, head 1, ..."""
     LOG2: tl.constexpr = 1.4426950408889634
     blocks = tl.cdiv(queries, BLOCK_M)
     pid = tl.program_id(0)
@@ -238,7 +248,8 @@ def _launched(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """The output, in memory [B, Q, H, Dv], and the lse where it is asked for."""
     x = inputs(
-        q, k, v, scale, causal, offset, offset_tensor, window, key_padding, bias, softcap, sinks, empty_rows_mean
+        q, k, v, scale, causal, offset, offset_tensor, window, key_padding, bias, softcap, sinks,
+        empty_rows_mean,
     )  # fmt: skip
     (batch, heads, queries, dim), (_, kv_heads, keys, value_dim) = q.shape, v.shape
     out = q.new_empty((batch, queries, heads, value_dim))
@@ -246,6 +257,8 @@ def _launched(
     target = current_target(q)
     block_d, block_v = padded(dim), padded(value_dim)
     cut = config(target, max(block_d, block_v), q.element_size(), queries, batch * heads)
+    if bias is not None:
+        cut = replace(cut, block_n=min(cut.block_n, 64))  # a tile of it stands in registers too
     k_rows = v_rows = None
     if target.capability >= 90 and q.element_size() == 2:
         k_rows, v_rows = _descriptor(x.k, cut.block_n, block_d), _descriptor(x.v, cut.block_n, block_v)
@@ -262,7 +275,7 @@ def _launched(
         0 if sinks is None else sinks.stride(0),
         CAUSAL=causal, MEAN=x.mean, HEAD_DIM=dim, VALUE_DIM=value_dim,
         BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_D=block_d, BLOCK_V=block_v,
-        num_warps=cut.warps, num_stages=cut.stages,
+        num_warps=cut.warps, num_stages=cut.stages, maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     return out.transpose(1, 2), lse
 
@@ -315,88 +328,6 @@ def attention_lse(
 
 # -------------------------------------------------------------------------------------------------- cases
 
-HALF = torch.bfloat16
-
-
-def case(
-    name: str, heads: int = 4, kv_heads: int = 4, queries: int = 7, keys: int = 7, dim: int = 16,
-    value_dim: int = 0, batch: int = 2, layout: str = "transposed", dtype: torch.dtype | None = None,
-    **rest: object,
-) -> Case:  # fmt: skip
-    """A case of attention; `rest` are the arguments after scale, by name."""
-    names = (
-        "causal",
-        "offset",
-        "offset_tensor",
-        "window",
-        "key_padding",
-        "bias",
-        "softcap",
-        "sinks",
-        "empty_rows_mean",
-    )
-    defaults = dict.fromkeys(names) | {"causal": False, "offset": 0, "empty_rows_mean": False}
-    q = Tensor((batch, heads, queries, dim), dtype, layout=layout, scale=2.0)
-    k = Tensor((batch, kv_heads, keys, dim), dtype, layout=layout, scale=2.0)
-    v = Tensor((batch, kv_heads, keys, value_dim or dim), dtype, layout=layout)
-    return Case(name, (q, k, v, dim**-0.5 * 0.5, *(defaults | rest).values()))
-
-
-def masks(queries: int, keys: int, heads: int = 2, batch: int = 2) -> dict[str, dict[str, object]]:
-    """Every kind of mask and part, for cases of that many queries and keys."""
-    padding = Tensor((batch, keys), torch.bool)
-    zero_one = Tensor((batch, keys), torch.int64, below=2)
-    late = Tensor((1,), torch.int64, below=1)
-    sinks = Tensor((heads,))
-    return {
-        "causal": {"causal": True},
-        "causal with an offset": {"causal": True, "offset": keys - queries, "offset_tensor": late},
-        "causal, rows before all keys": {"causal": True, "offset": -3},
-        "causal, rows before all keys, mean": {"causal": True, "offset": -3, "empty_rows_mean": True},
-        "window": {"causal": True, "offset": keys - queries, "window": 21},
-        "window of one": {"causal": True, "offset": keys - queries, "window": 1},
-        "window without causal": {"window": 9},
-        "window past the end, mean": {"window": 9, "offset": keys, "empty_rows_mean": True},
-        "padding": {"key_padding": padding},
-        "padding of integers, causal": {"key_padding": zero_one, "causal": True},
-        "padding before, causal, mean": {
-            "key_padding": Tensor((batch, keys), torch.bool, layout="sliced"),
-            "causal": True,
-            "empty_rows_mean": True,
-        },
-        "padding of all": {"key_padding": Tensor((batch, keys), torch.int32, below=1)},
-        "padding of all, mean": {
-            "key_padding": Tensor((batch, keys), torch.int32, below=1),
-            "empty_rows_mean": True,
-        },
-        "padding of all, mean, sinks": {
-            "key_padding": Tensor((batch, keys), torch.int32, below=1),
-            "empty_rows_mean": True,
-            "sinks": sinks,
-        },
-        "bias": {"bias": Tensor((batch, 1, queries, keys))},
-        "bias of heads": {"bias": Tensor((1, heads, queries, keys))},
-        "bias of rows": {"bias": Tensor((queries, 1))},
-        "bias of keys, fp32, causal": {"bias": Tensor((keys,), torch.float32), "causal": True},
-        "bias of choice": {"bias": Tensor((batch, 1, queries, keys), torch.bool)},
-        "bias of choice, mean": {"bias": Tensor((1, 1, 1, keys), torch.bool), "empty_rows_mean": True},
-        "softcap": {"softcap": 3.0},
-        "softcap, bias": {"softcap": 3.0, "bias": Tensor((1, 1, queries, keys))},
-        "sinks": {"sinks": sinks},
-        "everything": {
-            "causal": True,
-            "offset": keys - queries,
-            "offset_tensor": late,
-            "window": 40,
-            "key_padding": padding,
-            "bias": Tensor((batch, heads, queries, keys)),
-            "softcap": 5.0,
-            "sinks": sinks,
-            "empty_rows_mean": True,
-        },
-    }
-
-
 CASES = (
     case("tidy", queries=32, keys=64, dim=64),
     case("ugly", heads=6, kv_heads=3, queries=71, keys=131, dim=20, batch=3, causal=True),
@@ -417,23 +348,19 @@ CASES = (
     *(case(f"head_dim {d}", heads=2, kv_heads=1, queries=18, keys=40, dim=d) for d in (80, 96, 128, 256)),
     *(case(f"groups of {g}", heads=8, kv_heads=8 // g, queries=20, keys=40, batch=1) for g in (1, 4, 8)),
     *(
-        case(name, heads=2, kv_heads=1, queries=70, keys=150, **parts)
+        case(name, heads=2, kv_heads=1, queries=70, keys=150, parts=parts)
         for name, parts in masks(70, 150).items()
     ),
-    # As many programs as a GPU has multiprocessors: the larger tiles, by descriptor where that can read them.
-    case("large tiles", heads=132, kv_heads=33, queries=9, keys=140, batch=1, dim=64, causal=True, offset=131),
+    # As many programs as a GPU has multiprocessors.
+    case("large tiles", heads=132, kv_heads=33, queries=9, keys=140, batch=1, causal=True, offset=131),
     case(
-        "large tiles, padding", heads=132, kv_heads=33, queries=9, keys=140, batch=1, layout="contiguous",
-        key_padding=Tensor((1, 140), torch.bool), empty_rows_mean=True,
+        "large tiles, padding", heads=132, kv_heads=33, queries=9, keys=70, batch=1, layout="contiguous",
+        key_padding=Tensor((1, 70), torch.bool), empty_rows_mean=True,
     ),
 )  # fmt: skip
-LSE_CASES = tuple(c for c in CASES if c.name in ("tidy", "ugly", "sinks", "bias", "padding of all", "no key", "no query"))
-
-
-def must(name: str, dim: int, queries: int = 4096, dtype: torch.dtype | None = HALF, **rest: object) -> Case:
-    """A case of a real size: 32 heads on `keys` (default: as many as queries) keys."""
-    parts: dict[str, object] = {"heads": 32, "kv_heads": 8, "batch": 1, "keys": queries}
-    return case(name, dim=dim, queries=queries, dtype=dtype, **(parts | rest))  # type: ignore[arg-type]
+LSE_CASES = tuple(
+    c for c in CASES if c.name in ("tidy", "ugly", "sinks", "bias", "padding of all", "no key", "no query")
+)
 
 
 PADDED = {"key_padding": Tensor((1, 512), torch.bool), "empty_rows_mean": True}
@@ -450,17 +377,18 @@ MUST_ACCEPT = (
     must("prefill, softcap and window", 256, causal=True, window=1024, softcap=50.0),
     must("prefill, sinks and window", 64, causal=True, window=128, sinks=Tensor((32,), HALF)),
     must("encoder", 64, 512, heads=12, kv_heads=12, batch=32, key_padding=Tensor((32, 512), torch.bool)),
-    must("encoder, one text", 64, 512, heads=12, kv_heads=12, **PADDED),
+    must("encoder, one text", 64, 512, heads=12, kv_heads=12, parts=PADDED),
     must("encoder, short text", 64, 128, heads=12, kv_heads=12, key_padding=Tensor((1, 128), torch.bool)),
     must("bias of heads", 64, 512, heads=16, kv_heads=16, batch=8, bias=Tensor((1, 16, 512, 512), HALF)),
     must("prefill, bias", 128, causal=True, bias=Tensor((1, 32, 1, 4096), HALF)),
     must("full precision", 64, dtype=None, causal=True),
-    must("full precision, encoder", 128, 512, dtype=None, heads=12, kv_heads=12, **PADDED),
+    must("full precision, encoder", 128, 512, dtype=None, heads=12, kv_heads=12, parts=PADDED),
 )  # fmt: skip
 
 KERNELS = (
     Kernel(
-        "attention", "attention_triton", attention, refusal, GPU, CASES, MUST_ACCEPT, (("_attention", "matrix"),)
+        "attention", "attention_triton", attention, refusal, GPU, CASES, MUST_ACCEPT,
+        (("_attention", "matrix"),),
     ),
     Kernel("attention_lse", "attention_lse_triton", attention_lse, refusal, GPU, LSE_CASES, LSE_CASES[:1]),
-)
+)  # fmt: skip

@@ -254,8 +254,8 @@ def _norm_of(x: object) -> fx.Node | None:
     """The norm behind a query: right before it, or before a permutation that leaves the last dimension."""
     if g.is_call(x, aten.permute.default):
         assert isinstance(x, fx.Node)
-        *_, last = x.args[1]  # type: ignore[misc]  # a list
-        if len(x.users) != 1 or last not in (-1, CACHE_RANK - 1):
+        dims = x.args[1]
+        if len(x.users) != 1 or not isinstance(dims, (list, tuple)) or dims[-1] not in (-1, CACHE_RANK - 1):
             return None
         x = x.args[0]
     if not g.is_call(x, ops.rms_norm.overload):

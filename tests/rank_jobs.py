@@ -74,7 +74,10 @@ def generated(world: int) -> object:
     optimized = graphopt.optimize(copy.deepcopy(built), shard=world, strict=True)
     ids = torch.tensor([[5, 17, 33, 8]])
     with torch.no_grad():
-        return [m.generate(ids, max_new_tokens=6, do_sample=False).tolist() for m in (built, optimized)]
+        return [
+            m.generate(ids, max_new_tokens=6, do_sample=False).tolist()  # type: ignore[operator]  # a method
+            for m in (built, optimized)
+        ]
 
 
 def another_world(world: int) -> object:

@@ -14,7 +14,7 @@ from graphopt.kernels import linear_triton
 from graphopt.launch import Launch
 from graphopt.recorded import launches_of
 from graphopt.targets import TARGETS
-from graphopt.triton_gemm import TILES, has_descriptor
+from graphopt.triton_gemm import WITH_TMA, has_descriptor
 from tests.graphs import Builder, node_of
 
 F32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8
@@ -156,7 +156,7 @@ def test_large_tiles_where_they_fill_the_target_and_small_ones_elsewhere() -> No
         for rows, features in ((4096, 3072), (512, 6144), (512, 2048), (64, 2048))
         for (one,) in [launches(rows, 128, features)]
     }
-    assert list(sizes.values()) == [(t.m, t.n) for t in TILES[90]]
+    assert list(sizes.values()) == [(t.m, t.n) for t in WITH_TMA]
 
 
 def test_a_persistent_grid_has_no_more_programs_than_are_resident() -> None:

@@ -145,6 +145,9 @@ class Walk:
             return e.attr == "T" and self.is_raw(e.value)
         if isinstance(e, ast.Subscript):
             return self.is_raw(e.value)
+        if isinstance(e, ast.Compare) and _is_mask(e):
+            self.is_raw(e.left)
+            return False
         if isinstance(e, ast.IfExp):
             self.wide(e.test, e)
             return bool(self.is_raw(e.body) | self.is_raw(e.orelse))
@@ -206,6 +209,13 @@ class Walk:
                 f"{place}: {self.function.node.name} computes on {ast.unparse(e)} as it was loaded; "
                 "cast it first, .to(tl.float32)"
             )
+
+
+def _is_mask(e: ast.Compare) -> bool:
+    """`x != 0` with an int 0: how a stored mask is read, whatever its dtype."""
+    other = e.comparators[0]
+    plain = len(e.ops) == 1 and isinstance(e.ops[0], ast.Eq | ast.NotEq)
+    return plain and isinstance(other, ast.Constant) and other.value == 0 and type(other.value) is int
 
 
 def parts(e: ast.expr) -> list[ast.expr]:

@@ -19,11 +19,12 @@ from graphopt.errors import ShardError
 from graphopt.listing import listing
 from graphopt.observe import Matched, Refused, Warned, emit
 from graphopt.rewrite import Match, Refusal
+from graphopt.sharding.elementwise import PRODUCT_RULES, is_pointwise, pointwise
 from graphopt.sharding.flow import Flow, names_behind, where
 from graphopt.sharding.local import Local
 from graphopt.sharding.plan import Pinned, Plan
 from graphopt.sharding.rules import RULES, unknown
-from graphopt.sharding.views import VIEW_RULES, is_pointwise, pointwise
+from graphopt.sharding.views import VIEW_RULES
 from graphopt.sharding.weights import Parts
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class Shard:
         """The flow of a graph, before it has settled."""
         pinned = Pinned.parse(self.plan)
         rules = {n.target: pointwise for n in graph.nodes if is_pointwise(n.target)}
-        flow = Flow(graph, self.world, {**rules, **VIEW_RULES, **RULES}, unknown, pinned)
+        flow = Flow(graph, self.world, {**rules, **VIEW_RULES, **PRODUCT_RULES, **RULES}, unknown, pinned)
         flow.whole |= {node: "denied" for node in graph.nodes if deny and identify(node) in deny}
         return flow
 

@@ -132,6 +132,6 @@ def lost(mesh: Mesh, error: RuntimeError) -> str | None:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
         f"rank {mesh.rank} of {mesh.world} waited in a collective of group {mesh.group!r} (axis "
-        f"{mesh.axis!r}, {mesh.backend}) for a rank that is gone or did not come in time: {first}. Look at the "
-        "other ranks' output for the first error; TORCH_DISTRIBUTED_DEBUG=DETAIL names the collective"
+        f"{mesh.axis!r}, {mesh.backend}) for a rank that is gone or did not come in time: {first}. Look at "
+        "the other ranks' output for the first error; TORCH_DISTRIBUTED_DEBUG=DETAIL names the collective"
     )

@@ -49,6 +49,7 @@ class Flow:
         cuts: rows at which a linear's output is sliced: it is several outputs side by side.
         summed: values that are summed where they are made.
         layouts: what a rank has of each value; wants: what a call needs of an operand, where it differs.
+        kept: what attention reads as keys and values, once somebody asked.
         kinds: how each linear and embedding is shared: "column", "row", "vocabulary".
     """
 
@@ -65,6 +66,7 @@ class Flow:
     kinds: dict[fx.Node, str] = field(default_factory=dict)
     reduced: set[fx.Node] = field(default_factory=set)
     errors: list[str] = field(default_factory=list)
+    kept: set[fx.Node] | None = None
     changed: bool = False
 
     def __post_init__(self) -> None:

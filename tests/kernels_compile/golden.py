@@ -6,6 +6,8 @@ The file is kept so that a change of a kernel shows what it costs on hardware th
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 from pathlib import Path
 from typing import TypeAlias
 
@@ -13,7 +15,8 @@ import triton
 
 from graphopt.aot import Compiled
 from graphopt.targets import TARGETS
-from tests.kernels_compile.variants import compiled, jit_names
+from tests.kernel_check import TRITON_KERNELS
+from tests.kernels_compile.variants import compiled
 
 FILE = Path(__file__).with_name("golden.json")
 AGAIN = "if that is meant: python -m tests.kernels_compile.golden"
@@ -22,14 +25,14 @@ AGAIN = "if that is meant: python -m tests.kernels_compile.golden"
 Numbers: TypeAlias = "dict[str, list[int]]"
 
 
-def measured(name: str, target_name: str) -> Numbers:
-    """The numbers of one jit function on one target, compiled now; nothing of what does not compile."""
-    made = compiled(name, TARGETS[target_name])
+def measured(kernel: str, target: str) -> Numbers:
+    """The numbers of one kernel on one target, compiled now; nothing of what does not compile."""
+    made = compiled(kernel, TARGETS[target])
     return {label: [c.registers, c.shared] for label, c in made.items() if isinstance(c, Compiled)}
 
 
 def stored() -> tuple[str, dict[str, dict[str, Numbers]]]:
-    """The version of Triton that the kept numbers are of, and jit function -> target -> numbers."""
+    """The version of Triton that the kept numbers are of, and kernel -> target -> numbers."""
     kept = json.loads(FILE.read_text())
     return kept["triton"], kept["kernels"]
 
@@ -51,8 +54,12 @@ def _lines(numbers: Numbers) -> str:
 
 
 def main() -> None:
-    """Compile everything and write the file."""
-    FILE.write_text(text({name: {t: measured(name, t) for t in TARGETS} for name in jit_names()}))
+    """Compile everything on all cores and write the file."""
+    names = [k.name for k in TRITON_KERNELS]
+    pairs = [(name, target) for name in names for target in TARGETS]
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        numbers = dict(zip(pairs, pool.starmap(measured, pairs, chunksize=1), strict=True))
+    FILE.write_text(text({name: {target: numbers[name, target] for target in TARGETS} for name in names}))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def test_kernels_without_triton_in_their_name_launch_nothing() -> None:
 
 def test_labels_name_one_variant_each() -> None:
     for target in TARGETS.values():
-        labels = [(v.launch.name, v.label) for v in variants(target)]
+        labels = [(v.kernel, v.label) for v in variants(target)]
         assert len(set(labels)) == len(labels)
 
 

@@ -13,7 +13,7 @@ from graphopt.aot import Compiled, CompileError, compile_launch, variant
 from graphopt.kernel import Case, Kernel
 from graphopt.launch import Launch
 from graphopt.recorded import launches_of
-from graphopt.targets import TARGETS, Target
+from graphopt.targets import Target
 from tests.kernel_check import TRITON_KERNELS, fake_node
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -22,8 +22,15 @@ HALF = ("*bf16", "*fp16")
 
 @dataclass(frozen=True)
 class Variant:
-    """A launch to compile, named after the first case that makes it."""
+    """A launch to compile, named after the first case that makes it.
 
+    Attributes:
+        kernel: the name of the first kernel that launches it.
+        label: its case, dtype and jit function, as `16k, bfloat16, _rms_norm`.
+        launch: what to compile.
+    """
+
+    kernel: str
     label: str
     launch: Launch
 
@@ -46,39 +53,34 @@ def variants(target: Target) -> tuple[Variant, ...]:
     """What has to be compiled for a target."""
     found: dict[tuple[object, ...], Variant] = {}
     used: Counter[tuple[str, str]] = Counter()
-    for label, launch in _labelled(target):
-        if variant(launch) in found:
-            continue
-        used[launch.name, label] += 1  # two cases may have one name
-        again = used[launch.name, label]
-        found[variant(launch)] = Variant(f"{label} ({again})" if again > 1 else label, launch)
+    for kernel, case, dtype in _cases():
+        for launch in launches(kernel, case, dtype, target):
+            if variant(launch) in found:
+                continue
+            label = f"{case.name}, {str(dtype).removeprefix('torch.')}, {launch.name}"
+            used[kernel.name, label] += 1  # two cases may have one name
+            again = used[kernel.name, label]
+            label = f"{label} ({again})" if again > 1 else label
+            found[variant(launch)] = Variant(kernel.name, label, launch)
     return tuple(found.values())
 
 
-def _labelled(target: Target) -> Iterator[tuple[str, Launch]]:
-    """Every launch of every case, as `rms_norm_triton, 16k, bfloat16, 1`; the number counts one call's."""
+def _cases() -> Iterator[tuple[Kernel, Case, torch.dtype]]:
     for kernel in TRITON_KERNELS:
         for case in kernel.must_accept:
             for dtype in DTYPES:
-                for i, launch in enumerate(launches(kernel, case, dtype, target)):
-                    where = f"{kernel.name}, {case.name}, {str(dtype).removeprefix('torch.')}"
-                    yield f"{where}, {i}" if i else where, launch
+                yield kernel, case, dtype
 
 
-def jit_names() -> tuple[str, ...]:
-    """The jit functions, over all targets."""
-    return tuple(sorted({v.launch.name for t in TARGETS.values() for v in variants(t)}))
-
-
-def of(name: str, target: Target) -> tuple[Variant, ...]:
-    """The variants of one jit function."""
-    return tuple(v for v in variants(target) if v.launch.name == name)
+def of(kernel: str, target: Target) -> tuple[Variant, ...]:
+    """The variants that a kernel is the first to launch."""
+    return tuple(v for v in variants(target) if v.kernel == kernel)
 
 
 @functools.cache
-def compiled(name: str, target: Target) -> dict[str, Compiled | CompileError]:
-    """Label -> a variant of one jit function as compiled, or why it is not; each compiled once a process."""
-    return {v.label: _tried(v.launch, target) for v in of(name, target)}
+def compiled(kernel: str, target: Target) -> dict[str, Compiled | CompileError]:
+    """Label -> a variant of one kernel as compiled, or why it is not; each compiled once a process."""
+    return {v.label: _tried(v.launch, target) for v in of(kernel, target)}
 
 
 def _tried(launch: Launch, target: Target) -> Compiled | CompileError:

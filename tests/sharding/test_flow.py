@@ -40,7 +40,7 @@ def mlp(build: Builder, x: fx.Node, name: str, wide: int, width: int = 6, bias: 
 
 def weights_of(gm: fx.GraphModule) -> list[tuple[int, ...]]:
     """The shapes of the linears' weights."""
-    return [tuple(g.shape(n.args[1])) for n in calls(gm, LINEAR)]
+    return [tuple(map(int, g.shape(n.args[1]))) for n in calls(gm, LINEAR)]  # type: ignore[arg-type]  # nodes
 
 
 # ------------------------------------------------------------------------------------------------ linears
