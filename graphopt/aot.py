@@ -8,9 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
-import logging
-import os
 import re
 import subprocess
 import tempfile
@@ -18,15 +15,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from graphopt import records
 from graphopt.errors import GraphoptError
 from graphopt.launch import ALIGNED, Launch
 from graphopt.targets import Target
 
-log = logging.getLogger(__name__)
-
 FORMAT = 1  # of a record on disk; raise it when `Compiled` or how it is read off changes
-LOCK_SECONDS = 10.0  # a record is written in well under a millisecond: whoever holds the lock longer is stuck
 MESSAGE = 600  # characters of a compiler's message that an error keeps
 TENSOR_MEMORY = 512  # columns a multiprocessor of sm_100 has (PTX ISA, tcgen05.alloc)
 
@@ -111,7 +107,7 @@ def compile_launch(launch: Launch, target: Target, cache: Path | None = None) ->
         return known
     compiled = _compile(launch, target)
     if record is not None:
-        _write(record, compiled)
+        records.write(record, dataclasses.asdict(compiled))
     return compiled
 
 
@@ -317,33 +313,9 @@ def _environment() -> tuple[tuple[str, str], ...]:
 
 
 def _read(record: Path) -> Compiled | None:
-    """A record that is whole; None for one that is missing, cut off, altered, or of another form."""
+    """A record that is whole and of this form."""
+    fields: dict[str, Any] = records.read(record) or {}
     try:
-        stored = json.loads(record.read_text())
-        fields = stored["compiled"]
-        if stored["sum"] != _sum(fields):
-            return None
         return Compiled(**{**fields, "matrix": tuple(fields["matrix"])})
-    except (OSError, ValueError, TypeError, KeyError):
+    except (TypeError, KeyError):
         return None
-
-
-def _write(record: Path, compiled: Compiled) -> None:
-    """Store a record whole or not at all. A folder that cannot be written costs time, not the result."""
-    import filelock
-
-    fields = json.loads(json.dumps(dataclasses.asdict(compiled)))
-    text = json.dumps({"compiled": fields, "sum": _sum(fields)}, indent=1)
-    try:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(record.parent / "lock", timeout=LOCK_SECONDS):
-            partial = record.with_suffix(".partial")
-            partial.write_text(text)
-            os.replace(partial, record)
-    except (OSError, filelock.Timeout) as error:
-        log.warning("%s is not kept in %s: %s", compiled.kernel, record.parent, error)
-
-
-def _sum(fields: object) -> str:
-    """A checksum of a record's fields."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -81,7 +81,8 @@ def optimize(model: M, *, release: bool = True, **options: object) -> M:
         WeightError: other options than before, for a model whose weights were released.
     """
     owned = Owned(Options.parse(options), release)
-    backend.mesh_of(owned.options.shard)  # an error now rather than at the first call
+    backend.pipeline(owned.options)  # errors now rather than at the first call
+    backend.mesh_of(owned.options.shard)
     before = backend.STORE.owners.of(model)
     if before == owned and model._compiled_call_impl is not None:
         return model

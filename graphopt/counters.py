@@ -40,6 +40,7 @@ class Counters:
         return self.streams[stream]
 
     def _captured(self, count: int) -> torch.Tensor:
+        count += -count % 4  # 16 bytes: an address that is aligned otherwise is another compiled variant
         if self.reserve is None or self.taken + count > self.RESERVED:
             return torch.zeros(count, dtype=torch.int32, device=self.device)  # one more launch in the graph
         self.taken += count

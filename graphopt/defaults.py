@@ -105,7 +105,7 @@ def asked_for(options: Options, rank: int = 0) -> tuple[Pass, ...]:
     """The passes that run on request only, in their order: between Merge and what looks at kernels."""
     passes: list[Pass] = []
     if options.shard > 1:
-        passes.append(Shard(options.shard, rank))
+        passes.append(Shard(options.shard, rank, plan=options.shard_plan))
     if options.quantize is not None:  # after Shard: groups and scales are a rank's own
         passes.append(Quantize(options.quantize, options.quantize_group, options.quantize_exclude))
     return tuple(passes)

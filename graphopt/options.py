@@ -21,6 +21,8 @@ class Options:
         target: what to compile for; "auto" is the device of the first input.
         cuda_graphs: run GPU programs from a CUDA graph where that is safe.
         shard: how many processes share the weights and the work, one rank each (`graphopt.runtime.ranks`).
+        shard_plan: how weights of these names are shared, as {"layers.*.mlp.down_proj": "rowwise"} or Hugging
+            Face's `base_model_tp_plan`; what it leaves open, data flow decides (`graphopt.sharding.plan`).
         quantize: "int8" keeps the linears' weights in 8 bits; None leaves them as they are.
         quantize_group: how many inputs share a scale; it has to divide the inputs of each quantized linear.
         quantize_exclude: names of weights or modules that stay as they are, as `lm_head`, `layers.0` or
@@ -32,6 +34,7 @@ class Options:
     target: str = "auto"
     cuda_graphs: bool = True
     shard: int = 1
+    shard_plan: tuple[tuple[str, str], ...] = ()
     quantize: str | None = None
     quantize_group: int = 64
     quantize_exclude: tuple[str, ...] = ()
@@ -51,6 +54,8 @@ class Options:
                 raise OptionError(f"graphopt has no option {name!r}; {_nearest(str(name), tuple(VALUES))}")
         read = {name: VALUES[name].read(name, value) for name, value in given.items()}
         options = Options(**read)  # type: ignore[arg-type]  # checked above
+        if options.shard_plan and options.shard == 1:
+            raise OptionError("option 'shard_plan' does nothing alone; give the number of ranks, as shard=2")
         if options.quantize is None:
             for name in ("quantize_group", "quantize_exclude"):
                 if getattr(options, name) != VALUES[name].default:
@@ -113,12 +118,32 @@ class Names:
         return tuple(value)
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Names and what is wanted for each: a dict, or pairs; none by default."""
+
+    default: tuple[tuple[str, str], ...] = ()
+
+    def read(self, name: str, value: object) -> object:
+        """The pairs as a tuple, which is comparable."""
+        pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+        if not isinstance(pairs, (tuple, list)) or not all(map(_is_pair, pairs)):
+            raise OptionError(f"option {name!r} is {value!r}; it takes a dict, as {{'lm_head': 'colwise'}}")
+        return tuple((key, wanted) for key, wanted in pairs)
+
+
+def _is_pair(value: object) -> bool:
+    """Whether a value is two words."""
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, str) for v in value)
+
+
 VALUES: Mapping[str, Values] = {
     "strict": OneOf((False, True)),
     "merge": OneOf((True, False)),
     "target": OneOf(("auto", *targets.NAMES)),
     "cuda_graphs": OneOf((True, False)),
     "shard": Whole(1),
+    "shard_plan": Pairs(),
     "quantize": OneOf((None, "int8")),
     "quantize_group": Whole(64),
     "quantize_exclude": Names(),

@@ -87,6 +87,24 @@ def keeps_layout(way: Way) -> bool:
     return all(name == "narrow" and arguments[0] == 0 for name, arguments in way)
 
 
+def pinned(gm: fx.GraphModule) -> frozenset[int]:
+    """The arguments of a prepare graph that have to stay readable, as another program may need more of them.
+
+    That is those on which the model itself computes (a slice as long as its input, `weight * scale`): what it
+    makes may differ from program to program. What our passes make (packs, a rank's parts) does not.
+    """
+    numbers = {node: i for i, node in enumerate(g.placeholders(gm.graph))}
+    calls = [n for n in gm.graph.nodes if n.op == "call_function"]
+    todo = [n for n in calls if g.origin(n) is None and not _undone(n)]
+    above = set(todo)
+    while todo:
+        for source in todo.pop().all_input_nodes:
+            if source not in above:
+                above.add(source)
+                todo.append(source)
+    return frozenset(i for node, i in numbers.items() if node in above)
+
+
 def _undone(node: fx.Node) -> list[tuple[fx.Node, Way]]:
     """What a call is made of and where it stands in the result; empty where it is not there verbatim."""
     if node.op != "call_function" or not node.all_input_nodes:

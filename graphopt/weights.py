@@ -48,7 +48,7 @@ class PreparePlan:
     def moves(self) -> tuple[int, ...]:
         """The sources whose strides change when they are released: they are no rows of the result."""
         ways = ownership.ways(self.gm)
-        stay = {i for i, way in ways.items() if ownership.keeps_layout(way)}
+        stay = {i for i, way in ways.items() if ownership.keeps_layout(way)} | ownership.pinned(self.gm)
         return tuple(source for i, source in enumerate(self.sources) if i not in stay)
 
 
@@ -129,7 +129,8 @@ class WeightStore:
                 self._refuse_released(sources, plan)
                 self._drop_stale(key[1], state)
                 value = self._prepare(sources, plan)
-                if any(_is_part(value, s) for s in sources if id(s) in ours):
+                leave = {id(s) for i, s in enumerate(sources) if i not in ownership.pinned(plan.gm)} & ours
+                if any(_is_part(value, s) for s in sources if id(s) in leave):
                     value = value.clone(memory_format=torch.contiguous_format)
                 entry = self.keep(sources, plan, value, state)
             return entry.value
@@ -184,17 +185,17 @@ class WeightStore:
         held = self.entries(source)
         if not held or ownership.is_stand_in(source) or any(_shares(e.value, source) for _, e in held):
             return
-        home, new = None, None
+        home, new, needed = None, None, False
         for sources, entry in held:
             at = next(i for i, s in enumerate(sources) if s is source)
+            needed |= at in ownership.pinned(entry.plan.gm) or not entry.plan.sources  # loaded: not known
             way = ownership.ways(entry.plan.gm).get(at)
-            if way is not None:
+            if way is not None and home is None:
                 home, new = entry, ownership.follow(way, entry.value)
-                break
         with torch.inference_mode(False):
             if new is not None:
                 source.data = new
-            elif ownership.can_stand_in(source):
+            elif ownership.can_stand_in(source) and not needed:
                 self.owners.give_stand_in(source)
             else:
                 return
@@ -342,9 +343,7 @@ class Prepared(torch.nn.Module):
     def _prepare_and_release(self, sources: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Weight by weight, so that the peak is one weight above what stays."""
         ours = self.store.owners.releasable()
-        last = {
-            i: n for n, at in enumerate(self.arguments) for i in at
-        }  # source -> the last plan that reads it
+        last = {i: n for n, at in enumerate(self.arguments) for i in at}  # the last plan that reads a source
         values = []
         for n, (plan, at) in enumerate(zip(self.plans, self.arguments, strict=True)):
             values.append(self.store.get(tuple(sources[i] for i in at), plan, ours))

@@ -380,6 +380,7 @@ MUST_ACCEPT = (
     must("encoder, one text", 64, 512, heads=12, kv_heads=12, parts=PADDED),
     must("encoder, short text", 64, 128, heads=12, kv_heads=12, key_padding=Tensor((1, 128), torch.bool)),
     must("bias of heads", 64, 512, heads=16, kv_heads=16, batch=8, bias=Tensor((1, 16, 512, 512), HALF)),
+    must("prefill, one text many times", 128, batch=2, layout="expanded", causal=True),  # no descriptor
     must("prefill, bias", 128, causal=True, bias=Tensor((1, 32, 1, 4096), HALF)),
     must("full precision", 64, dtype=None, causal=True),
     must("full precision, encoder", 128, 512, dtype=None, heads=12, kv_heads=12, parts=PADDED),

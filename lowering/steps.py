@@ -56,7 +56,8 @@ def steps(gm: fx.GraphModule, target: Target) -> tuple[Step, ...]:
     """
     mode = torch_private.fake_mode_of([g.val(n) for n in g.placeholders(gm.graph)])
     for node in g.placeholders(gm.graph):
-        if not g.is_tensor(node) or not all(isinstance(size, int) for size in g.shape(node)):
+        sizes = g.shape(node) if g.is_tensor(node) else (g.val(node),)
+        if any(isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) for size in sizes):
             raise PipelineError(
                 f"input {node.name} has no fixed shape ({g.val(node)}); compile it for fixed shapes"
             )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers import PretrainedConfig
 
 import graphopt
 from graphopt import backend
@@ -65,6 +66,14 @@ def compiled(world: int) -> object:
     call = torch.compile(copy.deepcopy(built), backend="graphopt", options={"shard": world, "strict": True})
     with torch.no_grad():
         return float((call(**inputs).logits - built(**inputs).logits).abs().max())
+
+
+def planned(world: int) -> object:
+    """With the plan that the library has for the model: what it leaves open is decided here."""
+    config = model("llama").config
+    assert isinstance(config, PretrainedConfig)
+    plan = dict(config.base_model_tp_plan or {})
+    return distance("llama", "none", shard=world, shard_plan=plan)
 
 
 def generated(world: int) -> object:
@@ -130,7 +139,8 @@ def message(call: Callable[[], object]) -> str:
 JOBS: Mapping[str, Callable[[int], object]] = {
     job.__name__: job
     for job in (
-        logits, llama, caches, compiled, generated, another_world, other_options, does_not_divide, left_alone,
+        logits, llama, caches, compiled, planned, generated, another_world, other_options,
+        does_not_divide, left_alone,
     )
 }  # fmt: skip
 

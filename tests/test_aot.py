@@ -12,7 +12,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from graphopt import aot
+from graphopt import aot, records
 from graphopt.aot import Compiled, CompileError, compile_launch, faults, variant
 from graphopt.launch import Launch, described
 from graphopt.recorded import launches_of
@@ -220,18 +220,18 @@ def test_a_damaged_record_is_compiled_again_and_mended(tmp_path: Path, compilati
     (record,) = tmp_path.glob("*.json")
     whole = record.read_text()
     stored = json.loads(whole)
-    fewer = {k: v for k, v in stored["compiled"].items() if k != "shared"}
+    fewer = {k: v for k, v in stored["fields"].items() if k != "shared"}
     without = {
-        "compiled": fewer,
+        "fields": fewer,
         "sum": stored["sum"],
     }
-    resummed = {**without, "sum": aot._sum(fewer)}
+    resummed = {**without, "sum": records.checksum(fewer)}
     damaged = [
         "",
         whole[: len(whole) // 2],
         "[]",
         "null",
-        '{"compiled": 3}',
+        '{"fields": 3, "sum": ""}',
         whole.replace('"registers": 32', '"registers": 16'),
         json.dumps(without),
         json.dumps(resummed),
@@ -257,7 +257,7 @@ def test_a_folder_that_cannot_be_written_costs_only_time(
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
         assert compile_launch(relu_launch(), HOPPER, tmp_path / "file" / "kernels") == FINE
-    assert "k is not kept in" in caplog.text
+    assert "is not kept in" in caplog.text
 
 
 def test_a_lock_that_is_held_costs_only_time(
@@ -268,10 +268,10 @@ def test_a_lock_that_is_held_costs_only_time(
 ) -> None:
     import filelock
 
-    monkeypatch.setattr(aot, "LOCK_SECONDS", 0.01)
+    monkeypatch.setattr(records, "LOCK_SECONDS", 0.01)
     with filelock.FileLock(tmp_path / "lock"), caplog.at_level(logging.WARNING):
         assert compile_launch(relu_launch(), HOPPER, tmp_path) == FINE
-    assert "k is not kept in" in caplog.text and not list(tmp_path.glob("*.json"))
+    assert "is not kept in" in caplog.text and not list(tmp_path.glob("*.json"))
 
 
 def test_the_default_folder_is_the_users() -> None:

@@ -13,14 +13,18 @@ import pytest
 import torch
 
 import graphopt
-from graphopt.errors import GraphoptError, OptionError
+from graphopt.errors import GraphoptError, OptionError, ShardError
+from graphopt.options import Options
 from graphopt.runtime.ranks import Mesh, Ranked, digest, lost, mesh_of
 from tests.sharding.models import LAYERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "tests" / "rank_jobs.py"
 LOGITS = 1e-4  # fp32
-JOBS = ("logits", "caches", "compiled", "generated", "another_world", "other_options", "does_not_divide")
+JOBS = (
+    "logits", "caches", "compiled", "planned", "generated", "another_world", "other_options",
+    "does_not_divide",
+)  # fmt: skip
 PATIENCE = 400  # seconds: a process imports for 6, and two share a core
 
 
@@ -70,6 +74,12 @@ def test_caches_keep_the_shapes_of_one_process(two: Path) -> None:
 
 def test_through_torch_compile(two: Path) -> None:
     assert max(results(two, "compiled", 2)) < LOGITS  # type: ignore[type-var, operator]  # floats
+
+
+def test_with_the_librarys_own_plan(two: Path) -> None:
+    for found in results(two, "planned", 2):
+        assert found["far"] < LOGITS  # type: ignore[index]  # a dict
+        assert found["counts"] == [[2 * LAYERS + 1, 1]] * 2  # type: ignore[index]  # a dict
 
 
 def test_a_librarys_generate_gives_the_same_tokens_on_all_ranks(two: Path) -> None:
@@ -128,7 +138,20 @@ def test_a_rank_that_dies_is_told_to_the_others(tmp_path: Path) -> None:
     assert found["seconds"] < 60
 
 
-def test_without_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_is_looked_at_before_anything_is_changed() -> None:
+    model = torch.nn.Linear(4, 4)
+    with pytest.raises(OptionError, match="'shard_plan' does nothing alone; give the number of ranks"):
+        graphopt.optimize(model, shard_plan={"q_proj": "colwise"})
+    with pytest.raises(ShardError, match="plan: 'q_proj' is 'columns'; known are colwise"):
+        graphopt.optimize(model, shard=2, shard_plan={"q_proj": "columns"})
+    for plan in ("colwise", ["q_proj"], {"q_proj": 1}, [("a", "b", "c")]):
+        with pytest.raises(OptionError, match=r"'shard_plan' is .*; it takes a dict, as"):
+            graphopt.optimize(model, shard=2, shard_plan=plan)
+    assert model._compiled_call_impl is None
+    assert Options.parse({"shard": 2, "shard_plan": {"a": "b"}}).shard_plan == (("a", "b"),)
+
+
+def test_without_processes() -> None:
     model = torch.nn.Linear(4, 4)
     with pytest.raises(
         OptionError, match=r"'shard' is 2, but torch.distributed is not initialised; start the"

@@ -209,7 +209,8 @@ def _kernels(found: Sequence[Step], target: Target, cache: Path | None) -> tuple
 
 def _configuration(launch: Launch) -> str:
     """`64x128x64, 4 warps, 3 stages`."""
-    blocks = [str(v) for name, v in launch.constants if any(word in name for word in SHOWN)]
+    shown = [v for name, v in launch.constants if any(word in name for word in SHOWN)]
+    blocks = [str(v) for v in shown if type(v) is int and v > 1]  # a switch is no size
     options = dict(launch.options)
     words = ["x".join(blocks)] if blocks else []
     words.append(f"{options.get('num_warps', 4)} warps")

@@ -170,9 +170,9 @@ def _one_token(
     config: PretrainedConfig, model: torch.nn.Module, batch: int, length: int, dtype: torch.dtype
 ) -> dict[str, object]:
     """Keyword arguments for the step after a prompt of `length` tokens, on a static cache of twice that."""
-    prompt = _inputs(config, model, batch, length, dtype, "static")
-    if "past_key_values" not in prompt or config.is_encoder_decoder:
+    if config.is_encoder_decoder or not getattr(model, "can_generate", bool)():
         raise OptionError(f"{config.model_type} has no cache to decode with; leave decode out")
+    prompt = _inputs(config, model, batch, length, dtype, "static")
     del prompt["attention_mask"]
     with torch.no_grad():
         model(**prompt)
