@@ -14,7 +14,7 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels").is_dir():
 from graphopt.capture import capture  # noqa: E402
 
 if TYPE_CHECKING:
-    from graphopt.api import disable, enable, optimize, refresh
+    from graphopt.api import disable, enable, optimize, refresh, weight_bytes
     from graphopt.artifact import load, save
     from graphopt.lowering.module import Lower
     from graphopt.passes.canonicalize import Canonicalize
@@ -43,6 +43,7 @@ _HOMES = {
     "optimize": "graphopt.api",
     "refresh": "graphopt.api",
     "save": "graphopt.artifact",
+    "weight_bytes": "graphopt.api",
 }
 _SUBMODULES = ("errors", "ops", "passes")
 
@@ -65,6 +66,7 @@ __all__ = [
     "passes",
     "refresh",
     "save",
+    "weight_bytes",
 ]
 
 

@@ -135,3 +135,12 @@ def refresh(model: torch.nn.Module | None = None) -> None:
         model: whose weights changed; None for all models. What is the only form of a released weight stays.
     """
     backend.STORE.refresh(None if model is None else (*model.parameters(), *model.buffers()))
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """The memory of a model's parameters, buffers and what was prepared of them, each counted once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    mine = set(map(id, tensors))
+    tensors += [e.value for sources, e in backend.STORE.entries() if mine.issuperset(map(id, sources))]
+    storages = [x.untyped_storage() for x in tensors]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())

@@ -86,10 +86,7 @@ def stand_ins(model: nn.Module) -> set[str]:
 
 def memory(model: nn.Module) -> int:
     """The bytes of all storages that parameters and their prepared forms lie in, each counted once."""
-    mine = {id(p) for p in model.parameters()}
-    entries = [e.value for sources, e in backend.STORE.entries() if all(id(s) in mine for s in sources)]
-    storages = [x.untyped_storage() for x in (*model.parameters(), *entries)]
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    return graphopt.weight_bytes(model) - sum(b.nbytes for b in model.buffers())
 
 
 # ------------------------------------------------------------------------------------------------- aliases

@@ -46,6 +46,7 @@ class Flow:
     Attributes:
         rules: what each operator does to layouts; `fallback` for all others.
         whole: the linears (and embeddings) that stay whole, and why.
+        whole_rows: the rows of packed linears that every rank has, and why.
         cuts: rows at which a linear's output is sliced: it is several outputs side by side.
         summed: values that are summed where they are made.
         layouts: what a rank has of each value; wants: what a call needs of an operand, where it differs.
@@ -59,6 +60,7 @@ class Flow:
     fallback: Rule
     pinned: Pinned = field(default_factory=Pinned)
     whole: dict[fx.Node, str] = field(default_factory=dict)
+    whole_rows: dict[fx.Node, dict[int, str]] = field(default_factory=dict)
     cuts: dict[fx.Node, set[int]] = field(default_factory=dict)
     summed: set[fx.Node] = field(default_factory=set)
     layouts: dict[fx.Node, Outcome] = field(default_factory=dict)
@@ -68,6 +70,7 @@ class Flow:
     errors: list[str] = field(default_factory=list)
     kept: set[fx.Node] | None = None
     changed: bool = False
+    parted: bool = False
 
     def __post_init__(self) -> None:
         self.weights = g.weight_only(self.graph)
@@ -93,6 +96,8 @@ class Flow:
 
     def sweep(self) -> None:
         """One walk over the graph, with what the walks before have learned."""
+        if self.parted:  # where sums are taken may be another place now
+            self.summed, self.parted = set(), False
         self.layouts, self.wants, self.kinds = {}, {}, {}
         self.reduced, self.errors, self.changed = set(), [], False
         for node in self.graph.nodes:
@@ -124,7 +129,11 @@ class Flow:
     def layout(self, node: object) -> Layout:
         """What a rank has of a value; what is no value of the graph is everywhere."""
         found = self.layouts.get(node, REPLICATED) if isinstance(node, fx.Node) else REPLICATED
-        return REPLICATED if isinstance(found, tuple) else found
+        if isinstance(found, tuple):
+            return REPLICATED
+        if isinstance(found, Split) and all(s.axis.root().units == 1 for s in found.segments):
+            return REPLICATED  # one piece, of which every rank has a copy
+        return found
 
     def full(self, user: fx.Node, operand: object, why: str) -> None:
         """A call needs all of an operand: sum it, or leave what it comes from whole, or gather it."""
@@ -136,9 +145,9 @@ class Flow:
             self.summed.add(operand)
             self.changed = True
             return
-        free = [n for n in seeds_of(have) if self.style(n) in ("auto", "row")]
-        for seed in free:
-            self.leave_whole(seed, why)
+        free = [rows for rows in seeds_of(have) if self.style(rows[0]) in ("auto", "row")]
+        for rows in free:
+            self.leave_whole(*rows, why)
         if not free:
             self.gather(user, operand, have)
 
@@ -180,7 +189,13 @@ class Flow:
     def column(self, node: fx.Node, rows: int) -> Segments:
         """The output features of a linear (or a vocabulary), in the pieces that its readers cut it into."""
         edges = sorted({0, rows, *self.cuts.get(node, ())})
-        return tuple(Segment(Axis(b - a, {node}, (node, a, b)), b - a) for a, b in pairwise(edges))
+        left = self.whole_rows.get(node, {})
+        return tuple(
+            Segment(
+                Axis(1 if any(r in left for r in (a, b - 1)) else b - a, {(node, a, b)}, (node, a, b)), b - a
+            )
+            for a, b in pairwise(edges)
+        )
 
     def cut(self, segment: Segment, at: int) -> bool:
         """A reader cuts a segment there: sweep again with two. False where no weight's rows end there."""
@@ -190,14 +205,20 @@ class Flow:
         node, first, last = origin
         row = first + at * (last - first) // segment.size
         self.cuts.setdefault(node, set()).add(row)
-        self.changed = True
+        self.changed = self.parted = True
         return True
 
-    def leave_whole(self, node: fx.Node, why: str) -> None:
-        """Do not share a linear's output features (or an embedding's vocabulary) after all."""
-        if node not in self.whole:
+    def leave_whole(self, node: fx.Node, first: int, last: int, why: str) -> None:
+        """Do not share these rows of a linear's weight (or of an embedding's) after all."""
+        if node in self.whole:
+            return
+        rows = self.whole_rows.setdefault(node, {})
+        if any(r not in rows for r in range(first, last)):
+            rows.update(dict.fromkeys(range(first, last), why))
+            self.changed = self.parted = True
+        weight = node.args[1] if g.is_call(node, ops.linear.overload) else node.args[0]
+        if len(rows) == g.shape(weight)[0]:  # type: ignore[arg-type]  # a node
             self.whole[node] = why
-            self.changed = True
 
     def uneven(self, node: fx.Node, units: int, what: str) -> None:
         """Remember that something that should be shared does not divide; the last sweep's are raised."""

@@ -9,6 +9,8 @@ from typing import TypeAlias
 
 from torch import fx
 
+Rows: TypeAlias = "tuple[fx.Node, int, int]"  # (linear, first row, last row + 1) of its weight
+
 
 @dataclass(eq=False)
 class Axis:
@@ -19,14 +21,14 @@ class Axis:
 
     Attributes:
         units: how many pieces; only ever gets smaller.
-        seeds: the linears that made it shared; they are unshared where nothing else helps.
-        origin: (linear, first row, last row + 1) of the weight's rows that it stands for, where it does.
+        seeds: the rows of linears that made it shared; they are left whole where nothing else helps.
+        origin: the rows that it stands for, where it does.
         padded: the last rank's piece is filled up with zeros where ranks do not divide the units.
     """
 
     units: int
-    seeds: set[fx.Node] = field(default_factory=set)
-    origin: tuple[fx.Node, int, int] | None = None
+    seeds: set[Rows] = field(default_factory=set)
+    origin: Rows | None = None
     padded: bool = False
     above: Axis | None = None
 
@@ -158,8 +160,8 @@ def same_sizes(one: Sequence[Segment], two: Sequence[Segment]) -> bool:
     return [s.size for s in one] == [s.size for s in two]
 
 
-def seeds_of(layout: Layout) -> set[fx.Node]:
-    """The linears that made a value shared."""
+def seeds_of(layout: Layout) -> set[Rows]:
+    """The rows of linears that made a value shared."""
     if isinstance(layout, (Split, Own)):
         return set().union(*(s.axis.root().seeds for s in layout.segments))
     return set()

@@ -121,7 +121,7 @@ class Local:
 
     def resize(self, node: fx.Node) -> bool:
         """reshape, expand: the size of the shared dimension is the rank's."""
-        layout = self.flow.layout(node)
+        layout = self.flow.layouts[node]
         sizes = node.args[1]
         if not isinstance(layout, Split) or not isinstance(sizes, (list, tuple)) or sizes[layout.dim] == -1:
             return False
@@ -132,7 +132,7 @@ class Local:
 
     def move_slice(self, node: fx.Node) -> bool:
         """slice of whole segments: where they are in the rank's part."""
-        have, layout = self.flow.layout(self.sliced_from(node)), self.flow.layout(node)
+        have, layout = self.flow.layouts[self.sliced_from(node)], self.flow.layouts[node]
         dim = node.args[1] if len(node.args) > 1 else 0
         if not isinstance(have, Split) or not isinstance(layout, Split) or not isinstance(dim, int):
             return False

@@ -84,7 +84,7 @@ def _shared_linear(flow: Flow, node: fx.Node, have: Layout) -> Outcome:
     if style == "row" and isinstance(have, (Replicated, Partial)):
         if isinstance(have, Partial):
             flow.full(node, x, "")
-        axis = Axis(columns, {node})
+        axis = Axis(columns, {(node, 0, rows)})
         return _row(flow, node, one_segment(axis, columns), columns)
     if isinstance(have, Split) and style in ("auto", "row"):
         if all(s.axis.copies(flow.world) == 1 for s in have.segments):
@@ -130,7 +130,7 @@ def embedding(flow: Flow, node: fx.Node) -> Outcome:
         return REPLICATED
     if node in flow.whole:
         return REPLICATED
-    axis = Axis(rows, {node}, padded=rows % flow.world != 0)
+    axis = Axis(rows, {(node, 0, rows)}, padded=rows % flow.world != 0)
     flow.split(node, table, 0, one_segment(axis, rows))
     flow.kinds[node] = "vocabulary"
     return PARTIAL
@@ -150,12 +150,16 @@ def attention(flow: Flow, node: fx.Node) -> Outcome:
     """attention(q, k, v): by heads; a rank's kv heads are those that its query heads read."""
     q, k, v = node.args[:3]
     assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
+    for x in (q, k, v):
+        have = flow.layout(x)
+        if not isinstance(have, Replicated) and getattr(have, "dim", None) != HEADS:
+            flow.full(node, x, "attention shares heads alone")
     known = [_heads(flow, x) for x in (q, k, v)]
     axes = [segments[0].axis for segments in known if segments is not None and len(segments) == 1]
     heads, groups = g.shape(q)[HEADS], g.shape(k)[HEADS]
     if not axes or not isinstance(heads, int) or not isinstance(groups, int):
         return unknown(flow, node)
-    if len([s for s in known if s is not None]) != len(axes) or not _only_heads(flow, (q, k, v)):
+    if len([s for s in known if s is not None]) != len(axes):
         return unknown(flow, node)
     of_q = known[0][0].axis if known[0] else Axis(heads)
     of_k = next((s[0].axis for s in known[1:] if s is not None), None) or Axis(groups)
@@ -180,14 +184,6 @@ def _heads(flow: Flow, x: fx.Node) -> Segments | None:
     """How a value is shared by heads, if it is."""
     have = flow.layout(x)
     return have.segments if isinstance(have, (Split, Own)) and have.dim == HEADS else None
-
-
-def _only_heads(flow: Flow, operands: Sequence[fx.Node]) -> bool:
-    """Whether the operands are whole or shared by heads."""
-    return all(
-        isinstance(have, Replicated) or getattr(have, "dim", None) == HEADS
-        for have in map(flow.layout, operands)
-    )
 
 
 def _by_head(flow: Flow, node: fx.Node, segments: Segments, heads: int) -> None:
@@ -273,7 +269,7 @@ def _wide(flow: Flow, have: Split) -> bool:
     """Whether a returned value comes from linears with more outputs than inputs, whole: a vocabulary's."""
     if len(have.segments) != 1 or have.segments[0].axis.copies(flow.world) > 1:
         return False
-    for seed in have.segments[0].axis.root().seeds:
+    for seed, _, _ in have.segments[0].axis.root().seeds:
         rows, columns = g.shape(seed.args[1])[:2]  # type: ignore[arg-type]  # a linear's weight
         if rows <= columns:
             return False

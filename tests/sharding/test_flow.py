@@ -219,6 +219,36 @@ def test_a_norm_over_all_heads_leaves_q_whole_and_attention_shared() -> None:
         assert weights_of(rank) == [(12, 6), (6, 6), (6, 6), (6, 6)]
 
 
+def test_one_kv_head_in_a_packed_projection_is_copied() -> None:
+    """Multi-query attention: the query rows are shared, the others are everybody's."""
+    build = Builder()
+    y = linear(build, build.input("x", 2, 5, 6), "block.qkv", 18, 6, True)
+    q, k, v = (build.call(aten.slice.Tensor, y, -1, a, b, 1) for a, b in ((0, 12), (12, 15), (15, 18)))
+    k, v = (build.call(aten.reshape.default, part, [2, 1, 5, 3]) for part in (k, v))
+    for rank in check(build.done(attention_of(build, heads(build, q, 4, 3), k, v, 6)), 2):
+        assert weights_of(rank) == [(12, 6), (6, 6)]
+
+
+def test_a_norm_over_all_heads_leaves_its_part_of_a_packed_projection_whole() -> None:
+    build = Builder()
+    y = linear(build, build.input("x", 2, 5, 6), "block.qkv", 36, 6)
+    q, k, v = (build.call(aten.slice.Tensor, y, -1, a, a + 12, 1) for a in (0, 12, 24))
+    q = build.call(NORM, q, build.weight("block.q_norm.weight", 12), 1e-6)
+    q, k, v = (heads(build, part, 4, 3) for part in (q, k, v))
+    for rank in check(build.done(attention_of(build, q, k, v, 6)), 2):
+        assert weights_of(rank) == [(24, 6), (6, 6)]
+
+
+def test_attention_and_mlp_side_by_side_need_one_reduction() -> None:
+    build = Builder()
+    x = build.input("x", 2, 5, 6)
+    y = linear(build, x, "block.qkv", 36, 6)
+    q, k, v = (heads(build, build.call(aten.slice.Tensor, y, -1, a, a + 12, 1), 4, 3) for a in (0, 12, 24))
+    q = build.call(aten.cumsum.default, q, 1)  # needs all heads: found in a later sweep than the sum
+    both = build.call(aten.add.Tensor, attention_of(build, q, k, v, 6), mlp(build, x, "mlp", 8))
+    assert [reductions(rank) for rank in check(build.done(build.call(aten.add.Tensor, both, x)), 2)] == [1, 1]
+
+
 def test_bias_and_sinks_follow_the_heads() -> None:
     build = Builder()
     x = build.input("x", 2, 5, 6)
