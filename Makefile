@@ -32,6 +32,7 @@ check: $(READY)
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_passes
 	$(BIN)/python -m bench.bench_models --inductor
+	$(BIN)/python -m bench.bench_compile
 	$(BIN)/python -m bench.report
 
 # A CUDA build of torch brings its own triton, a CPU build brings none.

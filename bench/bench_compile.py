@@ -9,6 +9,7 @@ says what would be launched and what the compilers made of it; how fast that is 
 from __future__ import annotations
 
 import argparse
+from importlib.metadata import version
 
 import torch
 import transformers
@@ -80,7 +81,8 @@ def main() -> None:
             found = compile_for(model, (), given, target=target, cache=default_cache())
             rows.append(row(name, target, found))
             print(rows[-1], flush=True)
-    record.write("compile", {"length": LENGTH, "layers": LAYERS, "rows": rows})
+    made_by = {"length": LENGTH, "layers": LAYERS, "triton": version("triton")}
+    record.write("compile", {**made_by, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -93,7 +93,29 @@ def _against_mark(row: Mapping[str, float]) -> tuple[str, str]:
     return f"{row['milliseconds']:.0f} ms", f"{row['mark']:.0f} ms, {sign}"
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"calls": calls, "models": models, "passes": passes}
+def compiled() -> str:
+    """Launches and registers of decode steps, for each target."""
+    result = record.read("compile")
+    targets = list(dict.fromkeys(row["target"] for row in result["rows"]))
+    by_model: dict[str, dict[str, dict]] = {}
+    for row in result["rows"]:
+        by_model.setdefault(row["model"], {})[row["target"]] = row
+    rows = [
+        (model, row[targets[0]]["launches_per_layer"], row[targets[0]]["outside"],
+         *(f"{row[t]['most_registers']} / {row[t]['most_shared'] / 1024:.0f}" for t in targets))
+        for model, row in by_model.items()
+    ]  # fmt: skip
+    faults = sum(len(row["faults"]) for row in result["rows"])
+    note = (
+        f"Launches are the same for each target. Registers of a thread and kB of shared memory, of the kernel "
+        f"that takes most. Spills, local memory or too much shared memory: {faults or 'none'}. Static cache of "
+        f"{result['length']}; {result['layers']} layers. Triton {result['triton']}."
+    )
+    head = ("", "launches a layer", "outside of layers", *targets)
+    return markdown(head, rows, note)
+
+
+TABLES: Mapping[str, Callable[[], str]] = {"calls": calls, "models": models, "passes": passes, "compiled": compiled}
 
 
 def fill(text: str) -> str:

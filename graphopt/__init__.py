@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graphopt.passes.canonicalize import Canonicalize
     from graphopt.passes.merge import Merge
     from graphopt.passes.recognise import Recognise
+    from graphopt.passes.shard import Shard
     from graphopt.pipeline import Pipeline
     from graphopt.report import Report
     from graphopt.tools.diff import diff
@@ -35,6 +36,7 @@ _HOMES = {
     "Pipeline": "graphopt.pipeline",
     "Recognise": "graphopt.passes.recognise",
     "Report": "graphopt.report",
+    "Shard": "graphopt.passes.shard",
     "diff": "graphopt.tools.diff",
     "disable": "graphopt.api",
     "enable": "graphopt.api",
@@ -54,6 +56,7 @@ __all__ = [
     "Pipeline",
     "Recognise",
     "Report",
+    "Shard",
     "capture",
     "diff",
     "disable",

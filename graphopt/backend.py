@@ -200,7 +200,8 @@ def _build(
     run = program.runnable(program.gm.forward)
     if mesh is not None:
         run = Ranked(run, mesh, digest(program.gm.meta[PLAN_HASH], options))
-    return Guarded(run, gm.forward, _writes(captured), options.strict, report, reads)
+    strict = options.strict or mesh is not None  # a rank that falls back would leave the others waiting
+    return Guarded(run, gm.forward, _writes(captured), strict, report, reads)
 
 
 def _without_us(

@@ -64,6 +64,8 @@ class Report:
     """Why the original program runs and not ours: one sentence; None where ours runs."""
     weights_prepared: int = 0
     weights_prepared_bytes: int = 0
+    sharded_bytes: tuple[int, int] = (0, 0)
+    """The bytes of all weights, and of what this rank reads of them; zeros where nobody asked for it."""
     quantized: int | None = None
     """How many weights are kept in fewer bits; None where nobody asked for it."""
     quantized_bytes: tuple[int, int] = (0, 0)
@@ -89,6 +91,7 @@ class Report:
         fields["near_misses"] = {rule: Refusal(**r) for rule, r in fields.get("near_misses", {}).items()}
         fields["passes"] = tuple(PassRun(**p) for p in fields.get("passes", ()))
         fields["warnings"] = tuple(fields.get("warnings", ()))
+        fields["sharded_bytes"] = tuple(fields.get("sharded_bytes", (0, 0)))
         fields["quantized_bytes"] = tuple(fields.get("quantized_bytes", (0, 0)))
         return cls(**fields)
 
@@ -129,6 +132,9 @@ class Report:
         if self.weights_prepared:
             size = f"{self.weights_prepared_bytes / 2**20:.1f} MiB"
             rows.append(("weights", f"{self.weights_prepared} prepared, {size}"))
+        if any(self.sharded_bytes):
+            whole, mine = (f"{size / 2**20:.1f}" for size in self.sharded_bytes)
+            rows.append(("sharded", f"{whole} -> {mine} MiB of weights on this rank"))
         if self.quantized is not None:
             rows.append(("quantized", self._quantized()))
         rows += [("warning", text) for text in self.warnings]
@@ -214,6 +220,7 @@ class ReportObserver:
         if event.name == SHARDED:
             found = counts(event.gm.graph)
             self._report.counts |= {name: found[name] for name in COLLECTIVES if name in found}
+            self._report.sharded_bytes = event.gm.meta.get("sharded_bytes", (0, 0))
         if self._counted:
             return
         if event.name == RECOGNISED:

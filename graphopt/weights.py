@@ -129,8 +129,8 @@ class WeightStore:
                 self._refuse_released(sources, plan)
                 self._drop_stale(key[1], state)
                 value = self._prepare(sources, plan)
-                leave = {id(s) for i, s in enumerate(sources) if i not in ownership.pinned(plan.gm)} & ours
-                if any(_is_part(value, s) for s in sources if id(s) in leave):
+                part = [i for i, s in enumerate(sources) if id(s) in ours and _is_part(value, s)]
+                if part and not ownership.pinned(plan.gm).issuperset(part):
                     value = value.clone(memory_format=torch.contiguous_format)
                 entry = self.keep(sources, plan, value, state)
             return entry.value

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 RULE = "shard"
 PLAN_HASH = "plan_hash"  # in the graph module's meta: equal on all ranks that may run together
+BYTES = "sharded_bytes"  # in the graph module's meta, for the report: of all weights, and of the rank's
 SHARED = "sharded"  # in the graph module's meta: a `Shared`
 
 
@@ -90,6 +92,8 @@ class Shard:
         if not self.axis.isidentifier():
             raise ShardError(f"axis {self.axis!r} is no name of a mesh axis, as 'tp'")
         Pinned.parse(self.plan)
+        pairs = self.plan.items() if isinstance(self.plan, Mapping) else self.plan
+        object.__setattr__(self, "plan", tuple(pairs))  # a pass hashes and compares
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> None:
         """Edit `gm` in place."""
@@ -110,6 +114,7 @@ class Shard:
         g.eliminate_dead_code(gm.graph)
         after = bytes_read(gm.graph)
         gm.meta[SHARED] = Shared(self.world, self.rank, tuple(kinds.items()), (before, after))
+        gm.meta[BYTES] = (before, after)
         gm.recompile()
 
     def flow(self, graph: fx.Graph, deny: frozenset[str] = frozenset()) -> Flow:
@@ -137,8 +142,11 @@ class Shard:
             emit(ctx.observers, Matched(match))
         for node, why in flow.whole.items():
             if node not in flow.kinds:
-                refusal = Refusal(RULE, node.name, where(node), g.source(node), f"left whole: {why}", 1)
-                emit(ctx.observers, Refused(refusal))
+                emit(ctx.observers, Refused(refusal(node, f"left whole: {why}")))
+        for node, rows in flow.whole_rows.items():
+            if node in flow.kinds and rows:
+                why = next(iter(rows.values()))
+                emit(ctx.observers, Refused(refusal(node, f"{len(rows)} of its rows left whole: {why}")))
 
 
 def bytes_read(graph: fx.Graph) -> int:
@@ -146,6 +154,11 @@ def bytes_read(graph: fx.Graph) -> int:
     made = g.weight_only(graph)
     read = [g.tensor(n) for n in made if any(user not in made for user in n.users)]
     return sum(v.numel() * v.element_size() for v in read if v is not None)
+
+
+def refusal(node: fx.Node, reason: str) -> Refusal:
+    """Why a linear is not shared."""
+    return Refusal(RULE, node.name, where(node), g.source(node), reason, 1)
 
 
 def identify(node: fx.Node) -> str:

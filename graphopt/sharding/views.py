@@ -207,6 +207,18 @@ def cat(flow: Flow, node: fx.Node) -> Outcome:
     return leader
 
 
+def stack(flow: Flow, node: fx.Node) -> Outcome:
+    """stack(xs, dim): the dimensions after the new one move down."""
+    parts = [x for x in node.args[0] if isinstance(x, fx.Node)]  # type: ignore[union-attr]  # a list
+    dim = node.args[1] if len(node.args) > 1 else 0
+    leader = next((h for h in map(flow.layout, parts) if isinstance(h, Split)), None)
+    if leader is None or not isinstance(dim, int):
+        return unknown(flow, node)
+    for part in parts:
+        flow.split(node, part, leader.dim, leader.segments)
+    return Split(leader.dim + (dim % g.rank(node) <= leader.dim), leader.segments)
+
+
 def _cat_own(flow: Flow, node: fx.Node, parts: Sequence[fx.Node], haves: Sequence[Layout]) -> Outcome:
     """A cache and what is appended to it."""
     shared = [h for h in haves if isinstance(h, (Split, Own))]
@@ -254,6 +266,7 @@ VIEW_RULES: Mapping[object, Rule] = {
     aten.select.int: select,
     aten.expand.default: expand,
     aten.cat.default: cat,
+    aten.stack.default: stack,
     aten.roll.default: along(2),
     aten.pad.default: pad,
     aten.softmax.int: along(1),

@@ -338,6 +338,11 @@ def test_a_rank_that_cannot_be(world: int, rank: int) -> None:
         Shard(world, rank)
 
 
+def test_a_pass_hashes_and_compares() -> None:
+    one, two = Shard(2, 1, plan={"up": "colwise"}), Shard(2, 1, plan=[("up", "colwise")])
+    assert one == two != Shard(2, 0) and hash(one) == hash(two)
+
+
 def test_an_axis_that_is_no_name() -> None:
     with pytest.raises(ShardError, match="axis 't p' is no name"):
         Shard(2, 0, "t p")
