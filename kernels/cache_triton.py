@@ -13,7 +13,8 @@ from graphopt.kernels.cache import CASES as UPDATE_CASES
 from graphopt.launch import current_target, launch
 from graphopt.triton_math import dtype_refusal
 
-TILE = 2048  # elements of a program
+TILE = 2048  # elements of a program, and the most that one head has: it holds whole heads
+MOST_ROWS = 16  # of a program of `cache_update`, each of which is compared with POSITIONS
 POSITIONS = 128  # compared with a program's rows at a time
 GRID = 65535  # most programs in a grid's second and third direction (CUDA C++ Programming Guide, table 21)
 
@@ -115,9 +116,9 @@ def block_of(columns: int) -> int:
     return max(1, triton.next_power_of_2(columns))
 
 
-def heads_at_once(x: torch.Tensor) -> int:
-    """How many heads of one token a program takes: of the head_dim alone, so that models share kernels."""
-    return max(1, min(32, TILE // block_of(x.shape[-1])))
+def heads_at_once(*dims: int) -> int:
+    """How many heads of one token a program takes: of their sizes alone, so that models share kernels."""
+    return max(1, min(32, TILE // block_of(max(dims))))
 
 
 def with_rows(x: torch.Tensor) -> torch.Tensor:
@@ -143,7 +144,7 @@ def cache_write(
 ) -> None:
     """k_cache[:, :, rows] = k; v_cache[:, :, rows] = v, in place."""
     k, v = with_rows(k), with_rows(v)
-    heads = heads_at_once(k)
+    heads = heads_at_once(k.shape[3], v.shape[3])
     index, index_stride = index_of(position, start)
     blocks = triton.cdiv(k.shape[1], heads) + triton.cdiv(v.shape[1], heads)
     launch(
@@ -182,7 +183,7 @@ def cache_update(cache: torch.Tensor, new: torch.Tensor, position: torch.Tensor 
     else:
         out = torch.empty_like(cache)
     block = block_of(head_dim)
-    rows = max(1, min(64, TILE // block))
+    rows = min(MOST_ROWS, TILE // block)
     grid = (triton.cdiv(out.shape[2], rows), heads, batch)
     launch(
         _cache_update,
@@ -214,20 +215,29 @@ def grid_refusal(sizes: tuple[Size, ...]) -> str | None:
     return None
 
 
+def dim_refusal(name: str, dim: Size, most: int) -> str | None:
+    """Why a program cannot hold a head of that size: it is compiled in, and bounded."""
+    if not isinstance(dim, int):
+        return f"{name} is {dim}, no plain number"
+    return f"{name} {dim} > {most}" if dim > most else None
+
+
 def write_refuses(node: fx.Node) -> str | None:
-    """Batches of k and v that differ, more than a grid takes, and other dtypes."""
+    """Batches of k and v that differ, heads that are too long or too many, and other dtypes."""
     k, v = arg(node, "k"), arg(node, "v")
     assert isinstance(k, fx.Node) and isinstance(v, fx.Node)
     if not same_shape((shape(k)[0], shape(k)[2]), (shape(v)[0], shape(v)[2])):
         return f"v is {tuple(shape(v))}, k is {tuple(shape(k))}: another batch or length"
-    return grid_refusal(shape(k)) or grid_refusal(shape(v)) or dtype_refusal(node)
+    long = dim_refusal("k's head_dim", shape(k)[3], TILE) or dim_refusal("v's head_dim", shape(v)[3], TILE)
+    return long or grid_refusal(shape(k)) or grid_refusal(shape(v)) or dtype_refusal(node)
 
 
 def update_refuses(node: fx.Node) -> str | None:
-    """Other dtypes than fp32, fp16 and bf16, and more heads or batch than a grid takes."""
+    """Other dtypes than fp32, fp16 and bf16, heads that are too long, and more of them than a grid takes."""
     cache = arg(node, "cache")
     assert isinstance(cache, fx.Node)
-    return grid_refusal(shape(cache)) or dtype_refusal(node)
+    long = dim_refusal("head_dim", shape(cache)[3], TILE)
+    return long or grid_refusal(shape(cache)) or dtype_refusal(node)
 
 
 def _write(

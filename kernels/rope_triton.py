@@ -16,6 +16,7 @@ from graphopt.kernels.cache_triton import (
     block_of,
     cache_row,
     copy_heads,
+    dim_refusal,
     grid_refusal,
     heads_at_once,
     index_of,
@@ -25,7 +26,7 @@ from graphopt.kernels.rope import CASES as SHARED_CASES
 from graphopt.launch import current_target, launch
 from graphopt.triton_math import dtype_refusal, rms_scaled
 
-MAX_DIM = 1024  # of a head: one program holds whole heads
+MAX_DIM = 256  # of a head: one program holds whole heads, and wider ones are not compiled ahead
 
 
 @triton.jit
@@ -160,7 +161,7 @@ def _launch(
     batch, q_heads, tokens, head_dim = q.shape
     k_heads, v_heads = k.shape[1], v.shape[1] if v is not None else 0
     v_dim = v.shape[3] if v is not None else 1
-    heads = heads_at_once(q)
+    heads = heads_at_once(head_dim, v_dim)
     absent = (0, 0, 0, 0)
     # One table for the whole batch: stride 0, whatever its own is.
     cos_strides = (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1))
@@ -226,26 +227,28 @@ def rope_write(
 
 
 def refuses(node: fx.Node) -> str | None:
-    """q and k that differ in more than heads, heads that are too long, and other dtypes."""
+    """q and k that differ in more than heads, heads that are too long or too many, and other dtypes."""
     q, k = arg(node, "q"), arg(node, "k")
     assert isinstance(q, fx.Node) and isinstance(k, fx.Node)
     of_q, of_k = shape(q), shape(k)
     if not same_shape((of_q[0], *of_q[2:]), (of_k[0], *of_k[2:])):
         return f"k is {tuple(of_k)}, q is {tuple(of_q)}: more than the number of heads differs"
-    for name, value in (("head_dim", of_q[3]), ("rotary_dim", arg(node, "rotary_dim"))):
-        if not isinstance(value, int):
-            return f"{name} is {number(value)}, no plain number"
-    if of_q[3] > MAX_DIM:
-        return f"head_dim {of_q[3]} > {MAX_DIM}"
-    return grid_refusal(of_q) or grid_refusal(of_k) or dtype_refusal(node)
+    rotary = arg(node, "rotary_dim")
+    if not isinstance(rotary, int):
+        return f"rotary_dim is {number(rotary)}, no plain number"
+    refusal = dim_refusal("head_dim", of_q[3], MAX_DIM)
+    return refusal or grid_refusal(of_q) or grid_refusal(of_k) or dtype_refusal(node)
 
 
 def write_refuses(node: fx.Node) -> str | None:
-    """As `refuses`, a v of another batch or length, and norm weights that would raise the key's dtype."""
+    """As `refuses`, a v that `cache_write` refuses, and norm weights that would raise the key's dtype."""
     k, v, weight = arg(node, "k"), arg(node, "v"), arg(node, "q_norm")
     assert isinstance(k, fx.Node) and isinstance(v, fx.Node)
     if not same_shape((shape(k)[0], shape(k)[2]), (shape(v)[0], shape(v)[2])):
         return f"v is {tuple(shape(v))}, k is {tuple(shape(k))}: another batch or length"
+    refusal = dim_refusal("v's head_dim", shape(v)[3], MAX_DIM) or grid_refusal(shape(v))
+    if refusal is not None:
+        return refusal
     if is_tensor(weight) and arg(node, "cast_before_scale"):
         for name, other in (("q_norm", "q"), ("k_norm", "k")):
             scale, x = arg(node, name), arg(node, other)
@@ -333,6 +336,7 @@ WRITES = (
     *(_write(c, 8192) for c in _shapes("heads 1:1", 96, 96, (32, 32))),
     *(_write(c, 8192, None, norm=True) for c in _shapes("normed, heads 8:1", 128, 128, (64, 8))),
     *(_write(c, 8192) for c in _shapes("heads 2:1", 256, 256, (8, 4))),
+    *(_write(c, 8192, None, norm=True, offset=1.0) for c in _shapes("normed, partial", 256, 64, (16, 2))),
 )
 
 KERNELS = (

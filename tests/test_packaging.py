@@ -100,7 +100,16 @@ def test_requirements_leave_transformers_out(installed: Path) -> None:
     (info,) = installed.glob("*.dist-info")
     required = [r for r in PathDistribution(info).requires or [] if "extra ==" not in r]
     names = {r.split(">")[0].strip() for r in required}
-    assert names == {"torch", "triton", "networkx", "safetensors", "typer", "rich", "platformdirs"}
+    assert names == {
+        "torch",
+        "triton",
+        "networkx",
+        "safetensors",
+        "typer",
+        "rich",
+        "platformdirs",
+        "filelock",
+    }
 
 
 @pytest.mark.parametrize("links", ["absent", "text"])

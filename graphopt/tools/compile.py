@@ -175,7 +175,10 @@ def compile_for(
     """
     goal = target_named(target)
     chosen = Options.parse({**(options or {}), "target": target})
-    program = model if isinstance(model, Captured) else captured(model, tuple(args), kwargs or {})
+    if isinstance(model, Captured):
+        program = model
+    else:
+        program = captured(model, tuple(args), kwargs or {}, dynamic=False)
     lowered, report = defaults.pipeline(chosen).run(program, defaults.context(chosen))
     found = steps(lowered.gm, goal)
     return Compilation(

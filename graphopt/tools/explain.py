@@ -67,10 +67,13 @@ def captured(
     model: torch.nn.Module | torch.export.ExportedProgram | Callable[..., object],
     args: Sequence[object],
     kwargs: Mapping[str, object],
+    *,
+    dynamic: bool | None = None,
 ) -> Captured:
     """The captured program; what torch.export cannot take (a StaticCache, say) comes through Dynamo.
 
-    Nothing runs: Dynamo is stopped as soon as it has handed over the graph.
+    Nothing runs: Dynamo is stopped as soon as it has handed over the graph. `dynamic` as for `torch.compile`:
+    False for fixed shapes even where the model was compiled for others before.
     """
     try:
         return capture(model, *args, **kwargs)
@@ -85,7 +88,7 @@ def captured(
 
         try:
             with torch.no_grad():
-                torch.compile(model, backend=hand_over, fullgraph=True)(*args, **kwargs)
+                torch.compile(model, backend=hand_over, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
         except Exception:  # Dynamo's own, or ours through Dynamo
             if not found:
                 raise refused from None
