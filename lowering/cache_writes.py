@@ -290,6 +290,8 @@ def _start(position: fx.Node, place: fx.Node, order: dict[fx.Node, int]) -> fx.N
             continue
         if not g.is_tensor(start) or g.rank(start) != 0 or g.dtype(start) not in (torch.int64, torch.int32):
             continue
+        if g.device(start) != g.device(position):  # a scalar on the CPU: torch takes it, a kernel cannot
+            continue
         memory = aliasing.root(start)
         node = position
         while node is not place:

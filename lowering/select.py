@@ -56,12 +56,22 @@ def choose(
 ) -> tuple[str, Callable[..., object], tuple[str, ...]]:
     """The kernel's name and launcher, and why the ones before it refused."""
     reasons: list[str] = []
+    elsewhere = _elsewhere(node)
     for kernel in kernels:
-        reason = kernel.refuses(node)
+        reason = elsewhere or kernel.refuses(node)
         if reason is None:
             return kernel.name, kernel.launch, tuple(reasons)
         reasons.append(f"{kernel.name}: {reason}")
     return REFERENCE, reference, tuple(reasons)
+
+
+def _elsewhere(node: fx.Node) -> str | None:
+    """A kernel reads one device; torch's operators take a scalar from the CPU, too."""
+    tensors = [n for n in g.inputs(node) if g.is_tensor(n)]
+    for other in tensors[1:]:
+        if g.device(other).type != g.device(tensors[0]).type:
+            return f"{other.name} is on {g.device(other)}, {tensors[0].name} on {g.device(tensors[0])}"
+    return None
 
 
 def kernel_for(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import fx
 
 from graphopt import ops
-from graphopt.kernel import Kernel, never
+from graphopt.kernel import GPU, Kernel, never
 from graphopt.kernels import rms_norm as kernels
-from graphopt.lowering.select import REFERENCE, select
+from graphopt.lowering.select import REFERENCE, kernel_for, select
 from graphopt.observe import Event, KernelChosen
 from tests.graphs import Builder
 
@@ -81,3 +82,31 @@ def test_nodes_of_other_operators_stay() -> None:
     gm, _ = chosen(*kernels.KERNELS)
     (neg,) = [n for n in gm.graph.nodes if n.target is torch.ops.aten.neg.default]
     assert "kernel" not in neg.meta
+
+
+def test_a_scalar_on_another_device_is_refused_for_every_kernel() -> None:
+    build = Builder()
+    q, k, v = (build.input(name, 1, 2, 3, 8) for name in "qkv")
+    past = build.input("past", dtype=torch.int64)
+    past.meta["val"] = torch.empty((), dtype=torch.int64, device="meta")
+    y = build.call(ops.attention.overload, q, k, v, 0.5, True, 0, past)
+    gm, listener = build.done(y), Listener()
+    select(gm.graph, (Kernel("attention", "second", second, never),), "cpu", (listener,))
+    assert listener.chosen[0].kernel == REFERENCE
+    assert listener.chosen[0].reasons == ("second: past is on meta, q on cpu",)
+
+
+@pytest.mark.parametrize(
+    ("target", "name"), [("cpu", "cpu's"), ("cuda:90", "all's"), ("hip:gfx942", "all's")]
+)
+def test_a_kernel_for_all_gpus_serves_each_and_no_cpu(target: str, name: str) -> None:
+    table = (Kernel("rms_norm", "all's", first, never, GPU), Kernel("rms_norm", "cpu's", second, never))
+    _, event = chosen(*table, target=target)
+    assert event.kernel == name
+
+
+def test_the_kernel_of_a_call_is_known_without_a_graph() -> None:
+    table = (Kernel("rms_norm", "all's", first, never, GPU),)
+    arguments = (torch.randn(2, 8), torch.randn(8), 1e-6, 0.0, True)
+    assert kernel_for(ops.rms_norm, arguments, table, "cuda:80") == ("all's", first)
+    assert kernel_for(ops.rms_norm, arguments, table, "cpu")[0] == REFERENCE
