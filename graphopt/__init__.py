@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from graphopt.artifact import load, save
     from graphopt.lowering.module import Lower
     from graphopt.passes.canonicalize import Canonicalize
+    from graphopt.passes.fuse import Fuse
     from graphopt.passes.merge import Merge
+    from graphopt.passes.quantize import Quantize
     from graphopt.passes.recognise import Recognise
     from graphopt.passes.shard import Shard
     from graphopt.pipeline import Pipeline
     from graphopt.report import Report
+    from graphopt.tools.compile import compile_for
     from graphopt.tools.diff import diff
     from graphopt.tools.explain import explain
 
@@ -31,12 +34,15 @@ if TYPE_CHECKING:
 # Public name -> the module that defines it, imported when first asked for: `import graphopt` stays cheap.
 _HOMES = {
     "Canonicalize": "graphopt.passes.canonicalize",
+    "Fuse": "graphopt.passes.fuse",
     "Lower": "graphopt.lowering.module",
     "Merge": "graphopt.passes.merge",
     "Pipeline": "graphopt.pipeline",
+    "Quantize": "graphopt.passes.quantize",
     "Recognise": "graphopt.passes.recognise",
     "Report": "graphopt.report",
     "Shard": "graphopt.passes.shard",
+    "compile_for": "graphopt.tools.compile",
     "diff": "graphopt.tools.diff",
     "disable": "graphopt.api",
     "enable": "graphopt.api",
@@ -51,13 +57,16 @@ _SUBMODULES = ("errors", "ops", "passes")
 
 __all__ = [
     "Canonicalize",
+    "Fuse",
     "Lower",
     "Merge",
     "Pipeline",
+    "Quantize",
     "Recognise",
     "Report",
     "Shard",
     "capture",
+    "compile_for",
     "diff",
     "disable",
     "enable",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,8 @@ class Counters:
     streams: dict[int, torch.Tensor] = field(default_factory=dict)
     reserve: torch.Tensor | None = None  # zeros for captures: memory cannot be set while one is recorded
     taken: int = 0
+    spent: list[torch.Tensor] = field(default_factory=list)  # earlier reserves: graphs keep their addresses
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     RESERVED = 1 << 16  # 256 kB: 2,000 captured launches of 32 kv heads
 
@@ -32,19 +35,28 @@ class Counters:
         """`count` zeros for one launch on the current stream."""
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return self._captured(count)
-        if self.device.type == "cuda" and self.reserve is None:
-            self.reserve = self._zeros(self.RESERVED)
+        if self.device.type == "cuda" and (self.reserve is None or self.taken > self.RESERVED // 2):
+            self._reserve()
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         if stream not in self.streams or self.streams[stream].numel() < count:
             self.streams[stream] = self._zeros(max(LEAST, 2 * count))
         return self.streams[stream]
 
+    def _reserve(self) -> None:
+        """A new reserve: the next launch that no capture records may come after a long one."""
+        made = self._zeros(self.RESERVED)
+        with self.lock:
+            if self.reserve is not None:
+                self.spent.append(self.reserve)
+            self.reserve, self.taken = made, 0
+
     def _captured(self, count: int) -> torch.Tensor:
         count += -count % 4  # 16 bytes: an address that is aligned otherwise is another compiled variant
-        if self.reserve is None or self.taken + count > self.RESERVED:
-            return torch.zeros(count, dtype=torch.int32, device=self.device)  # one more launch in the graph
-        self.taken += count
-        return self.reserve[self.taken - count : self.taken]
+        with self.lock:  # two threads may capture
+            if self.reserve is not None and self.taken + count <= self.RESERVED:
+                self.taken += count
+                return self.reserve[self.taken - count : self.taken]
+        return torch.zeros(count, dtype=torch.int32, device=self.device)  # one more launch in the graph
 
     def _zeros(self, count: int) -> torch.Tensor:
         # From the host, which waits: other streams may use them at once.

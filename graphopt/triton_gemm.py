@@ -49,6 +49,9 @@ WITH_TMA = (
 BY_POINTERS = (Tile(128, 128, 32, 8, 4, 2), Tile(64, 64, 64, 4, 4, 2), Tile(64, 32, 64, 4, 4, 3))
 ON_AMD = (Tile(128, 128, 64, 8, 2, 1), Tile(64, 64, 64, 4, 2, 2), Tile(64, 32, 64, 4, 2, 2))
 EXACT = Tile(64, 64, 32, 8, 2, 2)  # fp32, without tensor cores
+RAGGED_EXACT = Tile(64, 64, 16, 8, 2, 2)
+# NVIDIA's assembler spills 8 bytes here and there to stay at 80 or 128 registers unless it is told its limit.
+MOST_REGISTERS = 255
 
 
 @triton.jit
@@ -195,7 +198,8 @@ def gemm(product: Product) -> None:
         raise ValueError(f"gemm has no norm {p.norm!r}; launch it before")
     # fp32 is multiplied without tensor cores, whose operands TMA is for: pointers take fewer registers.
     tma = target.capability >= 90 and p.x.dtype != torch.float32 and has_descriptor(p.x, p.weight)
-    tile = tile_for(p, target, tma)
+    ragged = is_ragged(p, tma)
+    tile = tile_for(p, target, tma, ragged)
     block_n, block_k = _columns(p, tile), p.block_k(tile.k)
     launch(
         _gemm,
@@ -224,16 +228,41 @@ def gemm(product: Product) -> None:
         GROUP_M=8,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **({"maxnreg": MOST_REGISTERS} if ragged else {}),
     )
 
 
-def tile_for(product: Product, target: Target, tma: bool) -> Tile:
-    """The largest tile that has no more rows than the product and fills the target, or the smallest."""
+def tile_for(product: Product, target: Target, tma: bool, ragged: bool) -> Tile:
+    """The largest tile that has no more rows than the product and fills the target, or the smallest.
+
+    A ragged product takes the smallest: the addresses of a large tile find no room in the registers.
+    """
     if product.x.dtype == torch.float32:
-        return EXACT
+        return RAGGED_EXACT if ragged else EXACT
     tiles = ON_AMD if target.is_hip else WITH_TMA if tma else BY_POINTERS
+    if ragged:
+        return tiles[-1]
     fill = (t for t in tiles if t.m <= product.rows and _tiles(product, t) >= target.multiprocessors)
     return next(fill, tiles[-1])
+
+
+def is_ragged(product: Product, tma: bool) -> bool:
+    """Whether elements that pointers read or write cannot be taken 16 bytes at a time.
+
+    Triton must know it of each row: sizes and strides are multiples of 16, neighbours are beside each other.
+    """
+    p = product
+    read = [] if tma else [p.x, p.weight]
+    if p.residual is not None:
+        read.append(p.residual)
+    sizes = (p.features,) if tma else (p.features, p.x.shape[1])
+    return any(n % ALIGNED for n in sizes) or not all(map(_is_even, read))
+
+
+def _is_even(matrix: torch.Tensor) -> bool:
+    """Whether one stride is 1 and the other, and the start, multiples of 16; or all of it is one element."""
+    near, far = sorted(matrix.stride())
+    return near <= 1 and far % ALIGNED == 0 and _address(matrix) % ALIGNED == 0
 
 
 def _columns(product: Product, tile: Tile) -> int:

@@ -353,6 +353,8 @@ MUST_ACCEPT = (
     *(must(f"decode {d}", d, 1, keys=4096, parts=CACHE) for d in (64, 80, 96, 128, 256)),
     must("decode, one head a group", 64, 1, kv_heads=32, keys=8192, parts=CACHE),
     must("decode, groups of 8", 64, 1, kv_heads=4, keys=32768, parts=CACHE),
+    must("decode, one kv head", 128, 1, heads=64, kv_heads=1, keys=8192, parts=CACHE),
+    must("decode, 71 heads on one", 64, 1, heads=71, kv_heads=1, keys=2048, parts=CACHE),
     must("decode, batch of 8", 128, 1, batch=8, keys=4096, key_padding=PADDING, parts=CACHE),
     must("decode, window, softcap", 256, 1, keys=4096, window=1024, softcap=50.0, parts=CACHE),
     must("decode, window, sinks", 64, 1, kv_heads=4, keys=4096, window=128, sinks=SINKS, parts=CACHE),

@@ -17,6 +17,7 @@ TILE = 2048  # elements of a program, and the most that one head has: it holds w
 MOST_ROWS = 16  # of a program of `cache_update`, each of which is compared with POSITIONS
 POSITIONS = 128  # compared with a program's rows at a time
 GRID = 65535  # most programs in a grid's second and third direction (CUDA C++ Programming Guide, table 21)
+MOST_HEADS = GRID // 3  # of q, of k and of v: their programs are beside each other in the second
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def copy_heads(
     columns = tl.arange(0, BLOCK_D)[None, :]
     kept = (head < heads) & (columns < D) & in_cache
     x = tl.load(from_ptr + head * from_head_stride + columns, mask=kept, other=0.0).to(tl.float32)
-    write_at = head * to_head_stride + columns * to_column_stride
+    write_at = head * to_head_stride + columns.to(tl.int64) * to_column_stride
     tl.store(to_ptr + write_at, x.to(to_ptr.dtype.element_ty), mask=kept)
 
 
@@ -209,9 +210,9 @@ def cache_update(cache: torch.Tensor, new: torch.Tensor, position: torch.Tensor 
 
 def grid_refusal(sizes: tuple[Size, ...]) -> str | None:
     """Why [B, H, ...] does not fit into a grid whose second direction is heads and third the batch."""
-    for size, what in ((sizes[0], "batch"), (sizes[1], "number of heads")):
-        if isinstance(size, int) and size > GRID:
-            return f"{what} {size} > {GRID}, the most programs in that direction"
+    for size, what, most in ((sizes[0], "batch", GRID), (sizes[1], "number of heads", MOST_HEADS)):
+        if isinstance(size, int) and size > most:
+            return f"{what} {size} > {most}, the most programs in that direction"
     return None
 
 

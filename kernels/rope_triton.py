@@ -53,6 +53,7 @@ def _turn(
 ):  # fmt: skip
     """y[heads] = rope(norm(x[heads])); the pointers are at their batch and row, those of cos and sin too."""
     HALF: tl.constexpr = ROTARY // 2
+    wide_stride = tl.cast(y_column_stride, tl.int64)
     head = (first_head + tl.arange(0, HEADS))[:, None].to(tl.int64)
     is_head = head < heads
     x_at, y_at = head * x_head_stride, head * y_head_stride
@@ -83,15 +84,15 @@ def _turn(
     if INTERLEAVED:
         pairs = tl.arange(0, 2 * BLOCK_HALF)[None, :]
         y = tl.reshape(tl.join(y1, y2), (HEADS, 2 * BLOCK_HALF))
-        tl.store(y_ptr + y_at + pairs * y_column_stride, y, mask=is_head & (pairs < ROTARY) & in_y)
+        tl.store(y_ptr + y_at + pairs * wide_stride, y, mask=is_head & (pairs < ROTARY) & in_y)
     else:
         half = tl.arange(0, BLOCK_HALF)[None, :]
         in_half = is_head & (half < HALF) & in_y
-        tl.store(y_ptr + y_at + half * y_column_stride, y1, mask=in_half)
-        tl.store(y_ptr + y_at + (HALF + half) * y_column_stride, y2, mask=in_half)
+        tl.store(y_ptr + y_at + half * wide_stride, y1, mask=in_half)
+        tl.store(y_ptr + y_at + (HALF + half) * wide_stride, y2, mask=in_half)
     if D > ROTARY:
         tl.store(
-            y_ptr + y_at + columns * y_column_stride, rest.to(y_ptr.dtype.element_ty), mask=in_rest & in_y
+            y_ptr + y_at + columns * wide_stride, rest.to(y_ptr.dtype.element_ty), mask=in_rest & in_y
         )
 
 

@@ -75,8 +75,9 @@ def fused(x: torch.Tensor = X, weight: torch.Tensor | None = None, **parts: obje
     return (x, tensor(4, 8) if weight is None else weight, *(defaults | parts).values())
 
 
-LONG = tensor(1, 70000, 1, 8)
-WIDE, WIDE_TABLE = tensor(1, 2, 5, 1025), tensor(1, 5, 8)
+MANY = tensor(1, 21846, 1, 8)  # heads
+WIDE, WIDE_TABLE = tensor(1, 2, 5, 257), tensor(1, 5, 8)
+WIDE_V, LONG = tensor(2, 2, 5, 257), tensor(1, 2, 5, 2049)
 CODES, SCALES = tensor(4, 24, dtype=torch.int8), tensor(4, 2)
 
 REFUSALS = [
@@ -103,7 +104,7 @@ REFUSALS = [
         "residual is (2, 3, 8), x is (2, 3, 1): the last size differs",
     ),
     ("rope_triton", (Q, K, TABLE.double(), TABLE, 8), f"dtype torch.float64 of cos {NO_FP64}"),
-    ("rope_triton", (WIDE, WIDE, WIDE_TABLE, WIDE_TABLE, 8), "head_dim 1025 > 1024"),
+    ("rope_triton", (WIDE, WIDE, WIDE_TABLE, WIDE_TABLE, 8), "head_dim 257 > 256"),
     (
         "rope_triton",
         (Q, tensor(2, 2, 5, 16), TABLE, TABLE, 8),
@@ -152,14 +153,41 @@ REFUSALS = [
     ),
     (
         "cache_write_triton",
-        (LONG, LONG, LONG, LONG, tensor(1, dtype=torch.int64), None),
-        "number of heads 70000 > 65535, the most programs in that direction",
+        (MANY, MANY, MANY, MANY, tensor(1, dtype=torch.int64), None),
+        "number of heads 21846 > 21845, the most programs in that direction",
     ),
     ("cache_update_triton", (CACHE.double(), K.double(), None), f"dtype torch.float64 of cache {NO_FP64}"),
     (
         "cache_update_triton",
-        (LONG, LONG, None),
-        "number of heads 70000 > 65535, the most programs in that direction",
+        (MANY, MANY, None),
+        "number of heads 21846 > 21845, the most programs in that direction",
+    ),
+    ("cache_update_triton", (LONG, LONG, None), "head_dim 2049 > 2048"),
+    ("cache_write_triton", (LONG, LONG, LONG, LONG, POSITION, None), "k's head_dim 2049 > 2048"),
+    (
+        "cache_write_triton",
+        (K, LONG, CACHE, tensor(1, 2, 16, 2049), POSITION, None),
+        "v is (1, 2, 5, 2049), k is (2, 2, 5, 8): another batch or length",
+    ),
+    (
+        "cache_write_triton",
+        (K[:1], LONG, CACHE[:1], tensor(1, 2, 16, 2049), POSITION, None),
+        "v's head_dim 2049 > 2048",
+    ),
+    (
+        "rope_write_triton",
+        (*write(v=WIDE_V)[:13], tensor(2, 2, 16, 257), POSITION, None),
+        "v's head_dim 257 > 256",
+    ),
+    (
+        "rope_write_triton",
+        write(WIDE, WIDE, WIDE, WIDE_TABLE, cache=tensor(1, 2, 16, 257)),
+        "v's head_dim 257 > 256",
+    ),
+    (
+        "rope_write_triton",
+        (*write(WIDE, WIDE, WIDE[..., :8], WIDE_TABLE, cache=WIDE)[:13], WIDE[..., :8], POSITION, None),
+        "head_dim 257 > 256",
     ),
     ("activation_triton", (X64, "silu"), f"dtype torch.float64 of x {NO_FP64}"),
     ("gated_activation_triton", (X, X64, "silu"), f"dtype torch.float64 of up {NO_FP64}"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from typing import Annotated
 
@@ -12,8 +13,9 @@ from rich.console import Console
 from torch import fx
 
 from graphopt.errors import GraphoptError
+from graphopt.options import Options
 from graphopt.report import RECOGNISED
-from graphopt.targets import TARGETS, target_named
+from graphopt.targets import CPU, NAMES, TARGETS, target_named
 from graphopt.tools.diff import GraphDiff, diff
 from graphopt.tools.explain import road, stages
 from graphopt.tools.models import Example, choice, load
@@ -27,6 +29,9 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.
 Cache = Annotated[str, typer.Option(help="KV cache: none, dynamic or static.")]
 Decode = Annotated[bool, typer.Option("--decode", help="One token after LENGTH, on a static cache.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Shards = Annotated[int, typer.Option("--shard", min=1, help="Processes; what is shown is the first one's.")]
+Bits = Annotated[str | None, typer.Option("--quantize", help="int8, or leave the weights as they are.")]
+For = Annotated[str, typer.Option("--target", help=f"One of {', '.join(NAMES)}.")]
 Model = Annotated[
     str,
     typer.Argument(
@@ -86,15 +91,18 @@ def diff_command(
     length: Length = 7,
     dtype: Dtype = "float32",
     cache: Cache = "none",
+    shard: Shards = 1,
+    quantize: Bits = None,
+    target: For = CPU,
     json: AsJson = False,
 ) -> None:
-    """Show how two graphs differ: `graphopt diff bert@canonicalize bert@recognise`."""
+    """Show how two graphs differ: `graphopt diff bert@recognise bert@shard --shard 2`."""
 
     def run() -> None:
-        asked = [split(spec) for spec in (a, b)]
-        found: GraphDiff = diff(
-            *graphs(asked, lambda name: load(name, batch=batch, length=length, dtype=dtype, cache=cache))
-        )
+        options = Options.parse({"shard": shard, "quantize": quantize, "target": target})
+        asked = [split(spec, options) for spec in (a, b)]
+        example = partial(load, batch=batch, length=length, dtype=dtype, cache=cache)
+        found: GraphDiff = diff(*graphs(asked, example, options))
         if json:
             typer.echo(found.to_json(indent=2))
         elif sys.stdout.isatty():
@@ -116,7 +124,7 @@ def compile_command(
     decode: Annotated[
         bool, typer.Option("--decode", help="One token after LENGTH, on a static cache.")
     ] = False,
-    quantize: Annotated[str | None, typer.Option(help="int8, or leave the weights as they are.")] = None,
+    quantize: Bits = None,
     code: Annotated[bool, typer.Option(help="Print the program, one line a call.")] = True,
     json: AsJson = False,
 ) -> None:
@@ -152,15 +160,17 @@ def demo_command() -> None:
     main()
 
 
-def split(spec: str) -> tuple[str, str]:
+def split(spec: str, options: Options | None = None) -> tuple[str, str]:
     """`bert@merge` -> ("bert", "merge"); no stage: the captured graph. OptionError for an unknown one."""
     name, at, stage = spec.rpartition("@")
-    return (name, choice(stage, stages(), "stage")) if at else (spec, CAPTURED)
+    return (name, choice(stage, stages(options), "stage")) if at else (spec, CAPTURED)
 
 
-def graphs(asked: list[tuple[str, str]], load: Callable[[str], Example]) -> list[fx.GraphModule]:
+def graphs(
+    asked: list[tuple[str, str]], load: Callable[[str], Example], options: Options | None = None
+) -> list[fx.GraphModule]:
     """The graphs of (model, stage) pairs; a model that is asked for twice goes down the road once."""
-    order = stages()
+    order = stages(options)
     kept: dict[str, dict[str, fx.GraphModule]] = {}
     for name in dict.fromkeys(name for name, _ in asked):
         example = load(name)
@@ -169,7 +179,7 @@ def graphs(asked: list[tuple[str, str]], load: Callable[[str], Example]) -> list
             continue
         snapshots = Snapshots()
         last = max((stage for other, stage in asked if other == name), key=order.index)
-        road(example.model, example.args, example.kwargs, until=last, observers=(snapshots,))
+        road(example.model, example.args, example.kwargs, until=last, observers=(snapshots,), options=options)
         kept[name] = snapshots.graphs
     return [kept[name][stage] for name, stage in asked]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -13,7 +12,8 @@ from graphopt.capture import Captured, capture, from_dynamo
 from graphopt.errors import CaptureRefused, OptionError
 from graphopt.journal import from_environment
 from graphopt.observe import Observer, PassStarted, emit
-from graphopt.pipeline import Pipeline, passes_named
+from graphopt.options import Options
+from graphopt.pipeline import passes_named
 from graphopt.report import RECOGNISED, Report
 from graphopt.tools.snapshots import CAPTURED
 
@@ -41,25 +41,28 @@ def road(
     *,
     until: str,
     observers: Sequence[Observer] = (),
+    options: Options | None = None,
 ) -> Report:
-    """Send a model down the default pipeline up to the pass named `until`, included, and report.
+    """Send a model down the pipeline of these options up to the pass named `until`, included, and report.
 
-    With `until="captured"` no pass runs; the observers see the captured graph and the report is empty.
+    With `until="captured"` no pass runs; the observers see the captured graph and the report is empty. Of a
+    sharded model it is the first rank's program.
 
     Raises:
-        OptionError: the default pipeline has no such pass.
+        OptionError: the pipeline has no such pass.
         CaptureRefused: as for `explain`.
     """
-    if until not in stages():
-        raise OptionError(f"no stage {until!r} in the default pipeline; it has {', '.join(stages())}")
+    order = stages(options)
+    if until not in order:
+        raise OptionError(f"no stage {until!r} in this pipeline; it has {', '.join(order)}")
     program = captured(model, args, kwargs)
     listening = (*from_environment(), *observers)
     if until == CAPTURED:
-        emit(listening, PassStarted(stages()[1], 0, program.gm))
+        emit(listening, PassStarted(order[1], 0, program.gm))
         return Report()
-    passes = defaults.PIPELINE[: stages().index(until)]
-    context = dataclasses.replace(defaults.context(), observers=listening)
-    _, report = Pipeline(passes).run(program, context)
+    _, report = defaults.pipeline(options, until=until).run(
+        program, defaults.context(options, observers=listening)
+    )
     return report
 
 
@@ -99,6 +102,6 @@ class _Stop(Exception):
     """Ends a compilation whose graph has been seen."""
 
 
-def stages() -> tuple[str, ...]:
-    """The names of the graphs on the road: captured, and one for each pass of the default pipeline."""
-    return CAPTURED, *passes_named(defaults.PIPELINE)
+def stages(options: Options | None = None) -> tuple[str, ...]:
+    """The names of the graphs on the road: captured, and one for each pass that runs with these options."""
+    return CAPTURED, *passes_named(defaults.pipeline(options).passes)

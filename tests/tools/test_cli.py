@@ -165,3 +165,14 @@ def test_a_config_on_disk_gives_a_model_without_weights(tmp_path: Path) -> None:
     assert {p.device.type for p in example.model.parameters()} == {"meta"}
     ids = example.kwargs["input_ids"]
     assert isinstance(ids, torch.Tensor) and ids.shape == (2, 3) and ids.device.type == "meta"
+
+
+def test_diff_shows_what_passes_on_request_do() -> None:
+    words = ("--length", "5", "--batch", "1")
+    sharded = run("diff", "llama@merge", "llama@shard", "--shard", "2", *words)
+    assert sharded.exit_code == 0, sharded.output
+    assert "all_reduce(" in sharded.stdout and "aten.slice" in sharded.stdout
+    fused = run("diff", "llama@merge", "llama@fuse", "--target", "cuda:90", *words)
+    assert fused.exit_code == 0 and "fused_linear(" in fused.stdout
+    unknown = run("diff", "llama@merge", "llama@shard", *words)
+    assert unknown.exit_code == 2 and "unknown stage 'shard'" in unknown.output

@@ -57,7 +57,7 @@ def test_the_road_ends_where_it_is_told() -> None:
     road(TwoLinears().eval(), *INPUTS, until="canonicalize", observers=(ends,))
     assert ends.names == ["canonicalize"]
     with pytest.raises(
-        OptionError, match="no stage 'recognize' in the default pipeline; it has captured, canon"
+        OptionError, match="no stage 'recognize' in this pipeline; it has captured, canon"
     ):
         road(TwoLinears().eval(), *INPUTS, until="recognize")
 
