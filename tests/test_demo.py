@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 import graphopt
-from graphopt.tools import demo, demo_clock, demo_models, demo_watch
+from graphopt.tools import demo, demo_clock, demo_models, demo_scale, demo_watch
 
 
 @pytest.fixture
@@ -78,6 +78,36 @@ def test_a_decoder_of_default_weights_fails(show: demo.Show, monkeypatch: pytest
     assert show.failed == ["weights"]
 
 
+def test_int8_weights_pass(show: demo.Show) -> None:
+    demo.smaller(show)
+    assert not show.failed, text(show)
+    assert "15 weights: " in text(show) and "(26.6%)" in text(show)
+
+
+def test_a_wrong_reference_of_int8_fails(show: demo.Show, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_scale, "fake_quantized", lambda model: model)
+    demo.smaller(show)
+    assert show.failed == ["logits"]
+
+
+def test_two_processes_pass(show: demo.Show) -> None:
+    demo.ranks(show)
+    assert not show.failed, text(show)
+    assert "on 2 of 2 ranks they are eager's" in text(show) and "5 all-reduces" in text(show)
+
+
+def test_processes_that_do_not_start_fail(show: demo.Show, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_scale.sys, "executable", "/bin/false")
+    demo.ranks(show)
+    assert show.failed == ["processes"]
+
+
+def test_a_decode_step_compiled_for_a_gpu_passes(show: demo.Show) -> None:
+    demo.elsewhere(show)
+    assert not show.failed, text(show)
+    assert "6 launches in a decoder layer" in text(show) and "_attention_split" in text(show)
+
+
 def test_missing_ops_fail(show: demo.Show) -> None:
     report = graphopt.Report(counts={"attention": 1, "layer_norm": 2, "add_layer_norm": 1})
     parts = {"norms": ("layer_norm add_layer_norm", 3), "attentions": ("attention", 1)}
@@ -94,7 +124,8 @@ def test_the_exit_status_tells(
     show: demo.Show, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ok: bool
 ) -> None:
     monkeypatch.setattr(demo, "encoder", lambda show: show.check("claim", ok, "a claim"))
-    monkeypatch.setattr(demo, "decoder", lambda show: None)
+    for part in ("decoder", "smaller", "ranks", "elsewhere"):
+        monkeypatch.setattr(demo, part, lambda show: None)
     if ok:
         demo.main()
     else:

@@ -181,12 +181,13 @@ def test_lengths_share_prepared_weights() -> None:
 
 def test_a_deleted_model_takes_its_prepared_weights_along() -> None:
     one, two, x = block(1), block(2), example()
+    before = len(backend.STORE)  # a refresh leaves the weights of other tests' models that were released
     ours, theirs = compiled(one), compiled(two)
     ours(x), theirs(x)
-    assert len(backend.STORE) == 2 * MERGED
+    assert len(backend.STORE) == before + 2 * MERGED
     del one, ours
     gc.collect()
-    assert len(backend.STORE) == MERGED
+    assert len(backend.STORE) == before + MERGED
     agree(theirs(x), two(x))
 
 
@@ -201,11 +202,13 @@ def _in_place_compiled(model: nn.Module) -> object:
 @pytest.mark.parametrize("compile_it", [_by_backend, _in_place_compiled])
 def test_nothing_of_ours_keeps_weights_alive(compile_it: Callable[[nn.Module], object]) -> None:
     model = block()
+    before = len(backend.STORE)
     compile_it(model)(example())
+    assert len(backend.STORE) > before
     weight = weakref.ref(model.q.weight)
     del model
     gc.collect()
-    assert weight() is None and len(backend.STORE) == 0
+    assert weight() is None and len(backend.STORE) == before
 
 
 def test_an_optimizers_step_shows() -> None:

@@ -90,8 +90,8 @@ def encoder() -> SentenceTransformer:
     return SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
 
 
-def llama() -> LlamaForCausalLM:
-    """A Llama of 8 layers, 512 wide, with 8 heads on 2 key-value heads; its random weights let errors show.
+def llama(layers: int | None = None) -> LlamaForCausalLM:
+    """A Llama of `LAYERS` layers, 512 wide, 8 heads on 2 key-value heads; its random weights let errors show.
 
     A matrix gets a variance of 1 / inputs, so that everything behind a norm has a standard deviation near 1,
     logits of the vocabulary too; queries are then doubled, for attention logits of a deviation near 2. With
@@ -100,7 +100,7 @@ def llama() -> LlamaForCausalLM:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=512, num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=2,
+        hidden_size=512, num_hidden_layers=layers or LAYERS, num_attention_heads=8, num_key_value_heads=2,
         intermediate_size=1408, vocab_size=VOCABULARY, max_position_embeddings=256,
         tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=None,
     )  # fmt: skip

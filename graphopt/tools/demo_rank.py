@@ -15,14 +15,14 @@ from graphopt import backend
 from graphopt.tools import demo_models as models
 
 
-def main(folder: str) -> None:
-    """Write what this rank generated, and what it held, to `folder/rank<n>.json`."""
+def main(folder: str, layers: int, new: int) -> None:
+    """Write the `new` tokens that this rank generated, and what it held, to `folder/rank<n>.json`."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    model = graphopt.optimize(models.llama(), shard=dist.get_world_size(), strict=True)
+    model = graphopt.optimize(models.llama(layers), shard=dist.get_world_size(), strict=True)
     tokens = [
-        model.generate(p, max_new_tokens=models.NEW, do_sample=False, cache_implementation="static")[
+        model.generate(p, max_new_tokens=new, do_sample=False, cache_implementation="static")[
             0
         ].tolist()
         for p in models.prompts(2)
@@ -39,4 +39,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -80,7 +80,7 @@ def ranks(show: Show) -> None:
         start = time.perf_counter()
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS),
-            "-m", "graphopt.tools.demo_rank", folder,
+            "-m", "graphopt.tools.demo_rank", folder, str(models.LAYERS), str(models.NEW),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
         seconds = time.perf_counter() - start
