@@ -23,12 +23,14 @@ part() {  # name, most seconds, command...
     [ "$rc" -eq 0 ] || failed=1
 }
 
-part environment 60 python3 -c "
+# The limits' sum is 535 seconds.
+part environment 40 python3 -c "
 import torch, triton, transformers
 print(torch.__version__, triton.__version__, transformers.__version__, torch.cuda.get_device_name())
 import graphopt.defaults"
-part tests_models 130 python3 -m pytest -q --maxfail=8 -m gpu tests/gpu/test_models_gpu.py
-part kernels 120 python3 -m bench.gpu_kernels --folder "$OUT" --seconds 100
-part tests_kernels 120 python3 -m pytest -q --maxfail=20 -m gpu tests/gpu/test_kernels_gpu.py
-part models 100 python3 -m bench.gpu_models --folder "$OUT" --seconds 70
+part tests_models 120 python3 -m pytest -q --maxfail=8 -m gpu tests/gpu/test_models_gpu.py
+part kernels 115 python3 -m bench.gpu_kernels --folder "$OUT" --seconds 95
+part warm 65 python3 -m tests.gpu.warm cuda:90
+part tests_kernels 105 python3 -m pytest -q --maxfail=20 -m gpu tests/gpu/test_kernels_gpu.py
+part models 90 python3 -m bench.gpu_models --folder "$OUT" --seconds 60
 exit $failed

@@ -151,7 +151,7 @@ def main() -> None:
             if exact and not row["distance"] <= CLOSE:  # type: ignore[operator]  # a float
                 failed, row = True, {**row, "wrong": f"distance {row['distance']} > {CLOSE}"}
         except Exception as error:  # the other rows are worth as much
-            failed, row = True, {"name": name, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
+            failed, row = True, {"name": name, "error": record.told(error)}
         rows.append(row)
         print(row, flush=True)
         result = {"layers": given.layers, "sizes": SIZES, "copy": round(bandwidth / 1e9), "rows": rows}

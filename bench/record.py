@@ -30,6 +30,11 @@ def read(name: str) -> dict:
     return json.loads(path.read_text())
 
 
+def told(error: Exception) -> str:
+    """An error in one line, for a row of results: Dynamo's begin with a line that says nothing."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+
+
 def machine() -> dict[str, str]:
     """What a number means nothing without."""
     found = {

@@ -115,7 +115,12 @@ def compiled() -> str:
     return markdown(head, rows, note)
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"calls": calls, "models": models, "passes": passes, "compiled": compiled}
+TABLES: Mapping[str, Callable[[], str]] = {
+    "calls": calls,
+    "models": models,
+    "passes": passes,
+    "compiled": compiled,
+}
 
 
 def fill(text: str) -> str:

@@ -70,4 +70,5 @@ def counters(x: torch.Tensor, count: int) -> torch.Tensor:
     """At least `count` zeros on the device of x."""
     if fake_mode_of((x,)) is not None:
         return x.new_empty((count,), dtype=torch.int32)
-    return _counters_of(x.device).take(count)
+    with torch.cuda.device_of(x):  # whose capture counts
+        return _counters_of(x.device).take(count)

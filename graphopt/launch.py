@@ -134,7 +134,8 @@ def launch(kernel: object, grid: Grid, *arguments: object, **keywords: object) -
         recorder.launches.append(described(kernel, grid, arguments, _known(keywords, recorder.target)))
         return
     first = next(a for a in arguments if isinstance(a, torch.Tensor))
-    kernel[grid](*arguments, **_known(keywords, current_target(first)))  # type: ignore[index]  # JITFunction
+    with torch.cuda.device_of(first):  # Triton launches on the current device, whatever its arguments' is
+        kernel[grid](*arguments, **_known(keywords, current_target(first)))  # type: ignore[index]  # JITFunction
 
 
 def _known(keywords: dict[str, object], target: Target) -> dict[str, object]:

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from graphopt import torch_private
 from graphopt.launch import ALIGNED, current_target, launch
 from graphopt.targets import Target
-from graphopt.triton_linear import Product, finished
+from graphopt.triton_linear import MOST_REGISTERS, Product, finished
 
 # Triton's names of what products are rounded to.
 TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -50,8 +50,6 @@ BY_POINTERS = (Tile(128, 128, 32, 8, 4, 2), Tile(64, 64, 64, 4, 4, 2), Tile(64, 
 ON_AMD = (Tile(128, 128, 64, 8, 2, 1), Tile(64, 64, 64, 4, 2, 2), Tile(64, 32, 64, 4, 2, 2))
 EXACT = Tile(64, 64, 32, 8, 2, 2)  # fp32, without tensor cores
 RAGGED_EXACT = Tile(64, 64, 16, 8, 2, 2)
-# NVIDIA's assembler spills 8 bytes here and there to stay at 80 or 128 registers unless it is told its limit.
-MOST_REGISTERS = 255
 
 
 @triton.jit

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from graphopt.launch import current_target, launch
-from graphopt.triton_linear import Product, finished, normed, statistics
+from graphopt.launch import ALIGNED, current_target, launch
+from graphopt.triton_linear import MOST_REGISTERS, Product, finished, normed, statistics
 
 MOST_ROWS = 16  # of x that `skinny` takes: the least that a matrix instruction takes
 SLICE = 128  # bytes of a row that a warp of `skinny` takes a step
@@ -254,7 +254,7 @@ def gemv(product: Product) -> None:
     p, target = product, current_target(product.x)
     step = GEMV_STEP // p.x.element_size()
     block_k = p.block_k(step)
-    block_n = _rows_a_program(p.weight.shape[0], target.multiprocessors) // (2 if p.gated else 1)
+    block_n = _rows_a_program(p, target.multiprocessors) // (2 if p.gated else 1)
     launch(
         _gemv,
         (triton.cdiv(p.features, block_n),),
@@ -287,8 +287,15 @@ def gemv(product: Product) -> None:
     )
 
 
-def _rows_a_program(rows: int, multiprocessors: int) -> int:
-    """Of the weight: more where programs abound (each normalises x again), fewer where they are short."""
+def _rows_a_program(product: Product, multiprocessors: int) -> int:
+    """Of the weight: more where programs abound (each normalises x again), fewer where they are short.
+
+    fp32 that cannot be loaded 16 bytes at a time takes the fewest: the addresses take registers, too.
+    """
+    weight = product.weight
+    rows, (far, near) = weight.shape[0], weight.stride()
+    if product.x.element_size() == 4 and (near != 1 or far % ALIGNED or weight.shape[1] % ALIGNED):
+        return 2
     if rows >= 4 * 16 * multiprocessors:
         return 8
     return 4 if rows >= 4 * 3 * multiprocessors else 2
@@ -304,6 +311,7 @@ def skinny(product: Product) -> None:
     if p.rows > MOST_ROWS:
         raise ValueError(f"{p.rows} rows > {MOST_ROWS}; gemm takes more")
     few = not p.gated and p.features < 2 * 16 * target.multiprocessors
+    exact = p.x.element_size() == 4  # fp32, whose operands stand in registers
     block_n, slices = (16, 8) if few else (16 if p.gated else 32, 4)
     launch(
         _skinny,
@@ -332,6 +340,7 @@ def skinny(product: Product) -> None:
         SLICES=slices,
         BLOCK_K=p.block_k(SLICE // p.x.element_size()),
         STATS_K=256,
-        num_warps=8 if p.x.element_size() == 4 else slices,
+        num_warps=8 if exact else slices,
         num_stages=2 if target.is_hip else 4,
+        **({"maxnreg": MOST_REGISTERS} if exact else {}),
     )

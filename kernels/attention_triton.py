@@ -368,7 +368,10 @@ MUST_ACCEPT = (
     *(must(f"prefill {d}", d, causal=True) for d in (64, 80, 96, 128, 256)),
     must("prefill, one head a group", 64, kv_heads=32, causal=True),
     must("prefill, groups of 8", 64, kv_heads=4, causal=True),
-    must("prefill of a cache", 128, keys=8192, causal=True, offset_tensor=Tensor((1,), torch.int64)),
+    must(
+        "prefill of a cache", 128, keys=8192, causal=True, offset=4096,
+        offset_tensor=Tensor((1,), torch.int64),
+    ),
     must(
         "prefill, padded before", 64, causal=True, key_padding=Tensor((1, 4096), torch.bool),
         empty_rows_mean=True,

@@ -285,11 +285,14 @@ CASES = (
     Case("block edge", (Tensor((1, 2, 60, 32)), Tensor((1, 2, 4, 32)), None)),
 )
 
-# One variant for any number of tokens and heads.
-WRITES = tuple(
-    _write(f"{tokens} tokens, {heads} heads", (1, heads, tokens, 128), 8192, new="transposed")
-    for tokens in (1, 4096)
-    for heads in (8, 32)
+# One variant for any number of tokens and heads; and one of the longest heads.
+WRITES = (
+    *(
+        _write(f"{tokens} tokens, {heads} heads", (1, heads, tokens, 128), 8192, new="transposed")
+        for tokens in (1, 4096)
+        for heads in (8, 32)
+    ),
+    _write("head_dim 2048", (1, 1, 1, TILE), 4096, None),
 )
 UPDATES = tuple(
     Case(

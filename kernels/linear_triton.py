@@ -288,8 +288,12 @@ _BOTH = (
     _fused("qkv, 1 row", Tensor((1, 2048)), 3072, norm="rms"),
     _fused("down, 4 rows", Tensor((4, 8192)), 2048, residual=True),
     _fused("down, 4096 rows", Tensor((4096, 8192)), 2048, residual=True),
+    _fused("head, 4 rows", Tensor((4, 2048)), 128256, norm="rms"),
     _fused("down int8, 1 row", Tensor((1, 8192)), 2048, residual=True, group=64),
     _fused("down int8, 4096 rows", Tensor((4096, 8192)), 2048, residual=True, group=64),
+    _fused("ragged, 1 row", Tensor((1, 2047)), 3071, norm="rms"),
+    _fused("ragged columns, 512 rows", Tensor((512, 2048)), 3071, bias=True, residual=True),
+    _fused("ragged, 512 rows", Tensor((512, 2047)), 3071, bias=True, residual=True),
 )
 _HALF = (
     _fused("qkv, 16 rows", Tensor((16, 2048)), 3072, norm="rms"),
@@ -301,7 +305,6 @@ _HALF = (
     _fused("down, 1 row", Tensor((1, 14336)), 4096, residual=True),
     _fused("down, 64 rows", Tensor((64, 8192)), 2048, residual=True),
     _fused("head, 1 row", Tensor((1, 2048)), 128256, norm="rms"),
-    _fused("head, 4 rows", Tensor((4, 2048)), 128256, norm="rms"),
     _fused("layer, qkv, 1 row", Tensor((1, 768)), 2304, norm="layer", bias=True),
     _fused("layer, up, 1 row", Tensor((1, 768)), 3072, norm="layer", bias=True, activation="gelu_tanh"),
     _fused("layer, up, 16 rows", Tensor((16, 768)), 3072, norm="layer", bias=True, activation="gelu_tanh"),

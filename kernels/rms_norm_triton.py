@@ -11,14 +11,14 @@ from graphopt.graph import arg, same_shape, same_size, shape
 from graphopt.kernel import GPU, Case, Kernel, Tensor
 from graphopt.kernels.rms_norm import CASES as SHARED_CASES
 from graphopt.kernels.rms_norm import MIXED
-from graphopt.launch import current_target, launch
+from graphopt.launch import ALIGNED, current_target, launch
 from graphopt.triton_math import dtype_refusal, rms_scaled, row_total, row_walk
 
 ONE_PASS = 16384  # columns that are held in registers; wider rows are read twice (the second time from L2)
 LOOP_BLOCK = 4096
 DEFAULTS = (0.0, True)  # weight_offset and cast_before_scale, where a case leaves them out
 TILE = 2048  # elements of a program that takes several short rows
-MOST_REGISTERS = 255  # told to NVIDIA's assembler, which else spills 8 bytes of some widths to stay at 72
+RAGGED_TILE = 1024  # of rows that cannot be read 16 bytes at a time: their addresses take registers, too
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def tile_of(x: torch.Tensor) -> tuple[int, int, bool, int]:
     width = x.shape[-1]
     block = triton.next_power_of_2(width) if width <= ONE_PASS else LOOP_BLOCK
     warps = 4 if block <= 2048 else 8 if block <= 8192 else 16
-    rows = max(1, min(64, TILE // block))
+    rows = max(1, min(64, (RAGGED_TILE if width % ALIGNED else TILE) // block))
     return rows, block, width > ONE_PASS, warps * 32 // current_target(x).warp_size
 
 
@@ -147,7 +147,6 @@ def _norm(
         BLOCK_N=block,
         LOOP=loop,
         num_warps=warps,
-        maxnreg=MOST_REGISTERS,
     )
     return y, total
 

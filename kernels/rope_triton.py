@@ -91,9 +91,7 @@ def _turn(
         tl.store(y_ptr + y_at + half * wide_stride, y1, mask=in_half)
         tl.store(y_ptr + y_at + (HALF + half) * wide_stride, y2, mask=in_half)
     if D > ROTARY:
-        tl.store(
-            y_ptr + y_at + columns * wide_stride, rest.to(y_ptr.dtype.element_ty), mask=in_rest & in_y
-        )
+        tl.store(y_ptr + y_at + columns * wide_stride, rest.to(y_ptr.dtype.element_ty), mask=in_rest & in_y)
 
 
 @triton.jit(do_not_specialize=["q_heads", "k_heads", "v_heads", "k_length", "v_length"])

@@ -38,6 +38,15 @@ def test_a_capture_without_reserve_makes_its_own() -> None:
     assert beyond.numel() >= Counters.RESERVED + 4 and held.taken == 0
 
 
+def test_a_new_reserve_keeps_the_one_that_graphs_write_to() -> None:
+    held = Counters(CPU, reserve=torch.zeros(Counters.RESERVED, dtype=torch.int32))
+    part, first = held._captured(8), held.reserve
+    held._reserve()
+    assert held.taken == 0 and held.reserve is not first and held.spent[0] is first
+    part += 1
+    assert first is not None and int(first.max()) == 1 and not held._captured(8).any()
+
+
 def test_fakes_get_fakes() -> None:
     with torch_private.new_fake_mode():
         made = counters(torch.empty(2), 5)

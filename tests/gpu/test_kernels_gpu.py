@@ -50,6 +50,28 @@ def test_kernel_is_replayed_from_a_graph_on_new_inputs(kernel: Kernel) -> None:
         close(mine, direct, torch.bfloat16)
 
 
+def test_split_attention_counts_anew_at_each_replay_and_on_each_stream() -> None:
+    kernel = next(k for k in GPU_KERNELS if k.name == "attention_split_triton")
+    case = next(c for c in kernel.must_accept if c.name == "decode 128")
+    given = [case.make(torch.bfloat16, "cuda", seed) for seed in (0, 1)]
+    expected = [outcome(kernel.launch, g, ())[0] for g in given]
+    torch.cuda.synchronize()
+    graphs, found = [torch.cuda.CUDAGraph() for _ in given], []
+    for graph, held in zip(graphs, given, strict=True):
+        with torch.cuda.graph(graph):
+            found.append([outcome(kernel.launch, held, ())[0] for _ in range(3)])
+    streams = [torch.cuda.Stream() for _ in given]
+    for _ in range(20):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for results, direct in zip(found, expected, strict=True):
+        for result in results:
+            for mine, theirs in zip(tensors(result), tensors(direct), strict=True):
+                close(mine, theirs, torch.bfloat16)
+
+
 @pytest.mark.parametrize(("kernel", "case", "dtype"), CASES)
 def test_kernel_computes_what_its_reference_does(kernel: Kernel, case: Case, dtype: torch.dtype) -> None:
     if refusal(kernel, case, dtype) is None:

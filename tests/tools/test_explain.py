@@ -56,9 +56,7 @@ def test_the_road_ends_where_it_is_told() -> None:
     ends = Ends()
     road(TwoLinears().eval(), *INPUTS, until="canonicalize", observers=(ends,))
     assert ends.names == ["canonicalize"]
-    with pytest.raises(
-        OptionError, match="no stage 'recognize' in this pipeline; it has captured, canon"
-    ):
+    with pytest.raises(OptionError, match="no stage 'recognize' in this pipeline; it has captured, canon"):
         road(TwoLinears().eval(), *INPUTS, until="recognize")
 
 
