@@ -26,7 +26,7 @@ class RuleError(GraphoptError):
 
 
 class ShardError(OptionError):
-    """A program that ranks cannot share as asked: sizes that do not divide, plans that contradict themselves."""
+    """A program that ranks cannot share as asked: sizes that do not divide, a plan that contradicts."""
 
 
 class StrictError(GraphoptError):
