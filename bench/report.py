@@ -108,8 +108,8 @@ def compiled() -> str:
     faults = sum(len(row["faults"]) for row in result["rows"])
     note = (
         "Launches are the same for each target. Registers of a thread and kB of shared memory, of the kernel "
-        f"that takes most. Spills, local memory or too much shared memory: {faults or 'none'}. A static cache "
-        f"of {result['length']}; {result['layers']} layers. Triton {result['triton']}."
+        f"that takes most. Spills, local memory or too much shared memory: {faults or 'none'}. A static "
+        f"cache of {result['length']}; {result['layers']} layers. Triton {result['triton']}."
     )
     head = ("", "launches a layer", "outside of layers", *targets)
     return markdown(head, rows, note)
