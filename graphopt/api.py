@@ -10,12 +10,16 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from graphopt import backend
+from graphopt import backend, torch_private
 from graphopt.errors import WeightError
 from graphopt.options import Options
-from graphopt.ownership import Owned, is_stand_in, keep
+from graphopt.ownership import Owned, alone, is_stand_in, keep
 
 M = TypeVar("M", bound=torch.nn.Module)
+
+# Torch's own 8 are few for `generate` (batch sizes, beams, kinds of caches), and what was released cannot run
+# eagerly then.
+RECOMPILE_LIMIT = 64
 
 
 class Enabled(contextlib.AbstractContextManager["Enabled"]):
@@ -70,7 +74,9 @@ def optimize(model: M, *, release: bool = True, **options: object) -> M:
     one that is packed or sliced keeps its shape and dtype and reads as NaN. What would need its values then
     (gradients, a graph that is refused, `state_dict`, a copy) is a `WeightError`; `load_state_dict` and a new
     parameter bring values back; `graphopt.save` keeps what there is. Gradients of parameters are switched
-    off. Again with the same options, it does nothing.
+    off. Weights that share their memory with others, and parameters that are assigned later, stay as they
+    are: somebody else may hold them. Again with the same options, it takes such new parameters too, and does
+    nothing else.
 
     Args:
         release: False keeps the originals besides what is prepared of them.
@@ -85,6 +91,8 @@ def optimize(model: M, *, release: bool = True, **options: object) -> M:
     backend.mesh_of(owned.options.shard)
     before = backend.STORE.owners.of(model)
     if before == owned and model._compiled_call_impl is not None:
+        if release and backend.STORE.owners.take(alone(model)):  # new parameters
+            backend.STORE.look_again()
         return model
     if before is not None and _forms(before) != _forms(owned):
         for name, p in model.named_parameters():
@@ -95,7 +103,9 @@ def optimize(model: M, *, release: bool = True, **options: object) -> M:
                 )
         backend.STORE.refresh(model.parameters())
     own(model, owned)
-    model.compile(backend="graphopt", options={**options, "guard_filter_fn": _without_moving_weights})
+    ours = {"guard_filter_fn": _without_moving_weights} if release else {}
+    more = torch_private.more_compilations(RECOMPILE_LIMIT)
+    model.compile(backend="graphopt", options={**options, **ours}, **more)
     return model
 
 

@@ -10,8 +10,12 @@ Each block of memory is stored once; weights and prepared forms say which part o
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import math
 import os
+import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +35,7 @@ M = TypeVar("M", bound=nn.Module)
 
 MANIFEST = "graphopt.json"
 VERSION = 1
+FLOATS = frozenset(str(d) for d in tensor_file.NAMES if d.is_floating_point)
 
 
 @dataclass(frozen=True)
@@ -84,11 +89,14 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     blocks, places = _lay_out(wanted)
     released = {n: Place(tuple(x.shape), str(x.dtype)) for n, x in named.items() if n not in wanted}
     default = dataclasses.asdict(Options())
+    mine = backend.STORE.owners.mine
     manifest = {
         "format": "graphopt",
         "version": VERSION,
         "options": {k: v for k, v in dataclasses.asdict(owned.options).items() if v != default[k]},
         "release": owned.release,
+        "config": _config(model),
+        "stay": sorted(n for n, x in named.items() if isinstance(x, nn.Parameter) and x not in mine),
         "weights": {name: dataclasses.asdict({**places, **released}[name]) for name in sorted(named)},
         "prepared": [
             {"plan": entry.plan.hash, "sources": names, "value": dataclasses.asdict(places[f"prepared:{i}"])}
@@ -126,8 +134,11 @@ def _lay_out(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tenso
 def _write(directory: Path, manifest: Mapping[str, object], blocks: Mapping[str, torch.Tensor]) -> None:
     """The file of weights under a name by its content, then the manifest that names it, in one step."""
     directory.mkdir(parents=True, exist_ok=True)
-    new = directory / f".{MANIFEST}.{os.getpid()}.new"
+    handle, name = tempfile.mkstemp(prefix=f".{MANIFEST}.", suffix=".new", dir=directory)
+    new = Path(name)
     try:
+        os.close(handle)
+        new.chmod(0o666 & ~_umask())  # mkstemp lets nobody else read it
         digest = tensor_file.write(new, blocks)
         file = directory / f"weights-{digest[:16]}.safetensors"
         os.replace(new, file)
@@ -141,7 +152,27 @@ def _write(directory: Path, manifest: Mapping[str, object], blocks: Mapping[str,
         new.unlink(missing_ok=True)
     for old in directory.glob("weights-*.safetensors"):
         if old != file:
-            old.unlink()
+            old.unlink(missing_ok=True)  # another save may be at it
+
+
+def _umask() -> int:
+    """The permissions that new files do not get."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _config(model: nn.Module) -> dict[str, object] | None:
+    """What a model says of its configuration, as far as JSON holds it, but for where it came from."""
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    if not callable(to_dict):
+        return None
+    said = json.loads(json.dumps(to_dict(), default=str))
+    return {k: v for k, v in said.items() if not k.startswith("_") and k not in _NO_RESULT}
+
+
+# Entries of a configuration that no result depends on.
+_NO_RESULT = frozenset({"transformers_version", "architectures", "use_cache", "return_dict"})
 
 
 # -------------------------------------------------------------------------------------------------- loading
@@ -169,12 +200,20 @@ def load(model: M, directory: str | os.PathLike[str]) -> M:
         prepared = [(p["plan"], p["sources"], Place.parse(p["value"])) for p in manifest["prepared"]]
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in manifest["options"].items()}
         release = bool(manifest["release"])
-    except (KeyError, TypeError, AttributeError) as error:
+        stay = frozenset(manifest.get("stay", ()))
+        _check_places(path, stored, [*places.values(), *(place for _, _, place in prepared)])
+        _check_prepared(path, places, prepared)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{path / MANIFEST} is damaged ({error!r}); save the model again") from error
     Options.parse(options)
-    _check_places(path, stored, [*places.values(), *(place for _, _, place in prepared)])
     _check_names(model, places)
-    _fill(model, places, prepared, file, stored)
+    _check_ties(model, places)
+    _compare_configs(manifest.get("config"), _config(model))
+    _check_digest(file)
+    tensors = _fill(model, places, prepared, file, stored)
+    if release:
+        taken = [x for name, x in tensors.items() if isinstance(x, nn.Parameter) and name not in stay]
+        backend.STORE.owners.take(taken)
     return optimize(model, release=release, **options)
 
 
@@ -204,10 +243,86 @@ def _check_places(path: Path, stored: Mapping[str, tensor_file.Stored], places: 
         block = stored.get(place.block)
         if block is None:
             raise ArtifactError(f"{path}: block {place.block!r} is not in the file; save the model again")
+        if not isinstance(place.offset, int) or not all(
+            isinstance(n, int) for n in place.shape + place.stride
+        ):
+            raise ArtifactError(f"{path}: {place} is no place; save the model again")
         last = place.offset + sum((n - 1) * s for n, s in zip(place.shape, place.stride, strict=True))
         size = block.nbytes // block.dtype.itemsize
-        if str(block.dtype) != place.dtype or (0 not in place.shape and not 0 <= place.offset <= last < size):
+        if str(block.dtype) != place.dtype or (
+            0 not in place.shape
+            and not (min((place.offset, *place.stride)) >= 0 and place.offset <= last < size)
+        ):
             raise ArtifactError(f"{path}: {place} is no part of {block}; save the model again")
+
+
+def _check_prepared(
+    path: Path, places: Mapping[str, Place], prepared: Sequence[tuple[str, list[str], Place]]
+) -> None:
+    """Every prepared weight has bytes, and sources that are weights; only float matrices were released."""
+    for name, place in places.items():
+        kept = place.dtype in FLOATS and len(place.shape) > 1 and math.prod(place.shape) > 1
+        if place.block is None and not kept:
+            raise ArtifactError(f"{path} is damaged ({name} has no bytes); save the model again")
+    for plan, names, place in prepared:
+        if not isinstance(plan, str) or not isinstance(names, list) or not names or place.block is None:
+            raise ArtifactError(f"{path} is damaged (prepared {plan!r} of {names!r}); save the model again")
+        for name in names:
+            if name not in places:
+                raise ArtifactError(
+                    f"{path} is damaged (prepared of {name!r}, no weight); save the model again"
+                )
+
+
+def _check_ties(model: nn.Module, places: Mapping[str, Place]) -> None:
+    """Names that are one tensor in the model are one as saved, and the reverse for parameters."""
+    named = dict(_named(model))
+    first: dict[int, str] = {}
+    for name, x in named.items():
+        other = first.setdefault(id(x), name)
+        if places[other] != places[name]:
+            raise ArtifactError(
+                f"{other} and {name} are one weight in the model and two as saved; build it from the same "
+                "configuration"
+            )
+    at: dict[Place, str] = {}
+    for name, place in places.items():
+        if place.block is None or 0 in place.shape or not isinstance(named[name], nn.Parameter):
+            continue
+        other = at.setdefault(place, name)
+        if named[other] is not named[name] and not _shared(named[other], named[name]):
+            raise ArtifactError(
+                f"{other} and {name} are one weight as saved and two in the model; build it from the same "
+                "configuration"
+            )
+
+
+def _shared(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether two tensors lie in the same memory; on meta they may."""
+    return one.device.type == "meta" or one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr()
+
+
+def _compare_configs(saved: Mapping[str, object] | None, given: Mapping[str, object] | None) -> None:
+    """Warn where the model's configuration is another than the saved one's: results may be others then."""
+    if not isinstance(saved, dict) or given is None:
+        return
+    changed = sorted(k for k in saved.keys() | given.keys() if saved.get(k) != given.get(k))
+    if changed:
+        shown = "; ".join(f"{k} is {given.get(k)!r}, saved was {saved.get(k)!r}" for k in changed[:4])
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        warnings.warn(f"the model's configuration differs from the saved one's: {shown}{more}", stacklevel=3)
+
+
+def _check_digest(file: Path) -> None:
+    """The bytes are those that were saved: the file's name says so."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while part := opened.read(1 << 22):
+            digest.update(part)
+    if file.name != f"weights-{digest.hexdigest()[:16]}.safetensors":
+        raise ArtifactError(
+            f"{file} has other bytes than were saved (SHA-256 {digest.hexdigest()[:16]}); save again"
+        )
 
 
 def _check_names(model: nn.Module, places: Mapping[str, Place]) -> None:
@@ -235,7 +350,7 @@ def _fill(
     prepared: Sequence[tuple[str, list[str], Place]],
     file: Path,
     stored: Mapping[str, tensor_file.Stored],
-) -> None:
+) -> dict[str, torch.Tensor]:
     """Free what the model holds and read block by block, so that no weight is in memory twice."""
     owners = backend.STORE.owners
     tensors = _off_meta(model)
@@ -263,6 +378,7 @@ def _fill(
             for name, x in zip(names, sources, strict=True)
         )
         backend.STORE.keep(sources, _known(plan, names), place.of(bases[str(place.block)]), state)
+    return tensors
 
 
 def _off_meta(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ from graphopt.errors import (
 from graphopt.journal import from_environment
 from graphopt.observe import Observer, Warned, emit
 from graphopt.options import Options
-from graphopt.passes.shard import PLAN_HASH
+from graphopt.passes.shard import HELD, PLAN_HASH
 from graphopt.report import Report
 from graphopt.runtime.ranks import Ranked, RankError, digest, mesh_of
 from graphopt.weights import Prepared, WeightStore, prepared_weights
@@ -199,7 +199,7 @@ def _build(
     reads = _note_weights(program.gm, examples)
     run = program.runnable(program.gm.forward)
     if mesh is not None:
-        run = Ranked(run, mesh, digest(program.gm.meta[PLAN_HASH], options))
+        run = Ranked(run, mesh, digest(program.gm.meta[PLAN_HASH], options), program.gm.meta[HELD])
     strict = options.strict or mesh is not None  # a rank that falls back would leave the others waiting
     return Guarded(run, gm.forward, _writes(captured), strict, report, reads)
 

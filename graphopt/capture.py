@@ -21,8 +21,10 @@ from graphopt import graph as g
 from graphopt import torch_private
 from graphopt.aliasing import written_inputs
 from graphopt.autocast import ambient, outside
-from graphopt.errors import CaptureRefused, WeightError
+from graphopt.errors import CaptureRefused, ReleasedError, WeightError
+from graphopt.ownership import WAY_OUT, is_stand_in
 from graphopt.tracing import Door, check_inputs, first_line, trace
+from graphopt.weights import prepared_weights
 
 Flat: TypeAlias = "list[object]"
 Find: TypeAlias = "Callable[[str], object]"  # the tensor that a weight's name stands for now
@@ -50,7 +52,12 @@ class Captured:
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Run on the caller's arguments, with the weights the model holds now."""
-        return self.unflatten(self.runnable(self.gm)(*self.bind(args, kwargs)))  # type: ignore[arg-type]  # a tuple
+        values = self.bind(args, kwargs)
+        for node, value in zip(g.placeholders(self.gm.graph), values, strict=True):
+            read = any(user.target is not prepared_weights for user in node.users)
+            if read and isinstance(value, torch.nn.Parameter):
+                _refuse_released(".".join(node.meta.get("weight", (node.name,))[:1]), value)
+        return self.unflatten(self.runnable(self.gm)(*values))  # type: ignore[arg-type]  # a tuple
 
     def runnable(self, otherwise: Callable[..., object]) -> Callable[..., object]:
         """What executes the flat list: `run`, or what is given where there is none."""
@@ -76,6 +83,7 @@ def capture(
         CaptureRefused: out of scope as a whole (unknown higher-order op, tensor subclass, sparse or complex
         tensor,
             data-dependent control flow, a cast by autocast that no argument shows), with the reason.
+        ReleasedError: a weight was released (`optimize`).
     """
     if isinstance(model, torch.export.ExportedProgram):
         return from_exported(model)
@@ -107,6 +115,8 @@ def from_exported(program: torch.export.ExportedProgram) -> Captured:
 
 def _from_module(model: torch.nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Captured:
     """Export, then the same trace; at each call the weights are read from the live module by their names."""
+    for name, p in model.named_parameters():
+        _refuse_released(name, p)
     try:
         with torch.no_grad():
             program = torch.export.export(model, args, dict(kwargs), strict=False)
@@ -125,6 +135,15 @@ def _from_module(model: torch.nn.Module, args: tuple[object, ...], kwargs: Mappi
             raise WeightError(f"weight {name!r} is gone from the model; capture the model again") from None
 
     return _from_exported(program, find)
+
+
+def _refuse_released(name: str, x: torch.Tensor) -> None:
+    """What an optimized model has let go of cannot be read."""
+    if is_stand_in(x):
+        raise ReleasedError(
+            f"weight {name} {list(x.shape)} was released when its prepared form was made: it cannot be "
+            f"captured or run from a graph of it; {WAY_OUT}"
+        )
 
 
 def _from_exported(program: torch.export.ExportedProgram, find: Find) -> Captured:

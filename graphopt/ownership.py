@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from graphopt import graph as g
+from graphopt import torch_private
 from graphopt.errors import ReleasedError
 from graphopt.options import Options
 
@@ -38,9 +39,16 @@ def is_stand_in(x: object) -> bool:
     """Whether a tensor stands in for released bytes. One that was filled in place (`zero_`) is a weight."""
     if not isinstance(x, torch.Tensor) or not can_stand_in(x) or x.device.type == "meta":
         return False
-    if any(step and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+    if not _is_one_element(x):
         return False
+    if isinstance(x, torch_private.FakeTensor):  # its values are not known: rather an error than NaN
+        return True
     return bool(x.detach()[(0,) * x.dim()].isnan())
+
+
+def _is_one_element(x: torch.Tensor) -> bool:
+    """Whether all of a tensor lies in one element of memory. Dynamo can fold this."""
+    return not any(step and size > 1 for step, size in zip(x.stride(), x.shape, strict=True))
 
 
 def can_stand_in(x: torch.Tensor) -> bool:
@@ -64,6 +72,18 @@ def ways(gm: fx.GraphModule) -> dict[int, Way]:
 
     cat([w0, w1]) -> {0: ((narrow, (0, 0, rows)),), 1: ((narrow, (0, rows, rows)),)}
     """
+    return {i: several[0] for i, several in _all_ways(gm).items() if len(several) == 1}
+
+
+def repeated(gm: fx.GraphModule) -> frozenset[int]:
+    """The arguments of a prepare graph that stand verbatim in the result several times: tied ones.
+
+    An alias would be one of the places only, and a write to it would not reach the others.
+    """
+    return frozenset(i for i, several in _all_ways(gm).items() if len(several) > 1)
+
+
+def _all_ways(gm: fx.GraphModule) -> dict[int, list[Way]]:
     numbers = {node: i for i, node in enumerate(g.placeholders(gm.graph))}
     found: dict[int, list[Way]] = {}
     todo: list[tuple[fx.Node, Way]] = [(n, ()) for n in g.output_node(gm.graph).all_input_nodes]
@@ -72,7 +92,7 @@ def ways(gm: fx.GraphModule) -> dict[int, Way]:
         if node in numbers:
             found.setdefault(numbers[node], []).append(way)
         todo += [(source, (*way, *steps)) for source, steps in _undone(node)]
-    return {i: several[0] for i, several in found.items() if len(several) == 1}
+    return found
 
 
 def follow(way: Way, prepared: torch.Tensor) -> torch.Tensor:
@@ -182,13 +202,15 @@ class Owners:
     Attributes:
         read: weights that some program reads as they are: they stay where they are.
         leaving: weights that a program prepares in another layout: torch has to see past their strides.
+        mine: weights that may be released. Not those that came later (assigned, `functional_call`): somebody
+            else may hold them; and not those that share their memory.
         released: weights that have had a stand-in.
         generation: counts stand-ins made; what was readable before the last need not be now.
     """
 
     def __init__(self) -> None:
         self._models: weakref.WeakKeyDictionary[nn.Module, Owned] = weakref.WeakKeyDictionary()
-        self.read, self.leaving, self.released = Marked(), Marked(), Marked()
+        self.read, self.leaving, self.released, self.mine = Marked(), Marked(), Marked(), Marked()
         self.generation = 0
 
     def __bool__(self) -> bool:
@@ -196,8 +218,16 @@ class Owners:
         return bool(self._models)
 
     def add(self, model: nn.Module, owned: Owned) -> None:
-        """Own a model's parameters, those it has now and those that replace them."""
+        """Own a model's parameters. What replaces one later is compiled for, but not released."""
         self._models[model] = owned
+        self.take(alone(model) if owned.release else ())
+
+    def take(self, weights: Iterable[torch.Tensor]) -> bool:
+        """These may be released; whether any of them is new."""
+        new = [x for x in weights if x not in self.mine]
+        for x in new:
+            self.mine.add(x)
+        return bool(new)
 
     def of(self, model: nn.Module) -> Owned | None:
         """How a model is owned."""
@@ -207,7 +237,7 @@ class Owners:
         """The ids of the parameters that may be released: of one model only, and read by no program."""
         models = [m for m, owned in list(self._models.items()) if owned.release]
         inner = {id(part) for m in models for part in m.modules() if part is not m}
-        count = Counter(id(p) for m in models if id(m) not in inner for p in m.parameters())
+        count = Counter(id(p) for m in models if id(m) not in inner for p in m.parameters() if p in self.mine)
         return frozenset(key for key, n in count.items() if n == 1 and key not in self.read._tensors)
 
     def owns(self, x: torch.Tensor) -> bool:
@@ -243,7 +273,19 @@ class Owners:
 
     def skips_guard(self, value: object) -> bool:
         """Whether torch's guard on a tensor would see its release as a change."""
-        return isinstance(value, nn.Parameter) and value in self.leaving
+        return isinstance(value, nn.Parameter) and value in self.leaving and value in self.mine
+
+
+def alone(model: nn.Module) -> list[torch.Tensor]:
+    """The parameters of a model whose memory is theirs: all of it, and no other weight's or buffer's."""
+    tensors = {id(x): x for x in (*model.parameters(), *model.buffers())}.values()
+    places = Counter(x.untyped_storage().data_ptr() for x in tensors)
+    found: list[torch.Tensor] = []
+    for p in model.parameters():
+        storage = p.untyped_storage()
+        if storage.data_ptr() == 0 or (places[storage.data_ptr()] == 1 and storage.nbytes() <= p.nbytes):
+            found.append(p)  # 0: on meta, or empty
+    return found
 
 
 # -------------------------------------------------------------------------------------------- in the modules
@@ -263,14 +305,14 @@ class Keeper:
         """Before `state_dict`."""
         self.refuse("read as a state dict")
 
-    def refuse(self, what: str) -> None:
+    def refuse(self, what: str, why: str = "") -> None:
         """Raise where the module has stand-ins."""
         module = None if self.module is None else self.module()
         for name, p in () if module is None else module.named_parameters(self.path, recurse=False):
             if is_stand_in(p):
                 raise ReleasedError(
                     f"weight {name} was released when its prepared form was made: the model cannot be "
-                    f"{what}; graphopt.save(model, directory) keeps what there is, or {WAY_OUT}"
+                    f"{what}; graphopt.save(model, directory) keeps what there is, or {WAY_OUT}{why}"
                 )
 
     def __deepcopy__(self, memo: dict[int, object]) -> Keeper:
@@ -291,12 +333,28 @@ def make_room(module: nn.Module, state: Mapping[str, object], prefix: str, *_: o
 
 
 def refuse_eager(module: nn.Module, args: object) -> None:
-    """Before a module's forward pass: with stand-ins it has to be compiled. Dynamo folds this away."""
+    """Before a module's forward pass: with stand-ins it has to be compiled by us. Dynamo folds this away."""
     if torch.compiler.is_compiling():
+        exporting = torch.compiler.is_exporting()
+        if exporting or not _is_compiled_by_us():
+            for p in module._parameters.values():
+                if p is not None and p.dim() > 1 and p.numel() > 1 and _is_one_element(p):
+                    if exporting:
+                        raise ReleasedError(
+                            f"a weight {tuple(p.shape)} was released when its prepared form was made: the "
+                            "model cannot be exported; export it before optimize, or reload it"
+                        )
+                    torch_private.graph_break()  # another compiler: the model runs for itself, or is refused
         return
     for hook in module._state_dict_pre_hooks.values():
         if isinstance(hook, Keeper):
-            hook.refuse("run without being compiled")
+            hook.refuse("run without being compiled", torch_private.RECOMPILE_LIMIT)
+
+
+@torch_private.constant_while_tracing
+def _is_compiled_by_us() -> bool:
+    """While Dynamo traces: whether the graph is for graphopt. Compiled code is used for its backend only."""
+    return torch_private.compiler_name() in ("graphopt", None)
 
 
 def keep(model: nn.Module) -> None:

@@ -7,8 +7,9 @@ Supported: torch >= 2.11. Where the versions differ, the difference is handled h
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch
 import torch.fx.traceback
@@ -20,6 +21,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 if TYPE_CHECKING:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+F = TypeVar("F", bound=Callable[..., object])
 
 # Dynamo and the symbolic shapes (sympy) take 2 s to import: inside the functions that need them.
 
@@ -168,6 +171,44 @@ def recompile_limit_reached() -> str:
         f"this is compilation {done + 1} of {limit} of one function: from the next new shape on, torch runs "
         "it eagerly; compile with dynamic=True, or raise torch._dynamo.config.recompile_limit"
     )
+
+
+RECOMPILE_LIMIT = (
+    " (torch runs a function eagerly once it has compiled it torch._dynamo.config.recompile_limit times: "
+    "raise that, or compile fewer shapes)"
+)
+
+
+def more_compilations(limit: int) -> dict[str, object]:
+    """Arguments of `torch.compile` for that many compilations; {} where torch < 2.13 has none.
+
+    Not `isolate_recompiles`: another instance of a model would be compiled anew.
+    """
+    known = inspect.signature(torch.compile).parameters
+    return {"recompile_limit": limit} if "recompile_limit" in known else {}
+
+
+def compiler_name() -> str | None:
+    """The name of the backend for which Dynamo is tracing; None where it is not tracing."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        compiler = InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:  # no trace is going on
+        return None
+    name = getattr(compiler, "_compiler_name", None) or getattr(compiler, "compiler_name", None)
+    return str(name or getattr(compiler, "__name__", compiler))
+
+
+def constant_while_tracing(function: F) -> F:
+    """`torch.compiler.assume_constant_result`, which imports Dynamo where it only has to mark a function."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what Dynamo looks for
+    return function
+
+
+def graph_break() -> None:
+    """End Dynamo's graph here: what calls this runs in Python."""
+    torch._dynamo.graph_break()
 
 
 def outputs_need_gradients(gm: fx.GraphModule) -> bool:

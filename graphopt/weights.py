@@ -48,7 +48,8 @@ class PreparePlan:
     def moves(self) -> tuple[int, ...]:
         """The sources whose strides change when they are released: they are no rows of the result."""
         ways = ownership.ways(self.gm)
-        stay = {i for i, way in ways.items() if ownership.keeps_layout(way)} | ownership.pinned(self.gm)
+        stay = {i for i, way in ways.items() if ownership.keeps_layout(way)}
+        stay |= ownership.pinned(self.gm) | ownership.repeated(self.gm)
         return tuple(source for i, source in enumerate(self.sources) if i not in stay)
 
 
@@ -166,9 +167,11 @@ class WeightStore:
                 held = [
                     f"{e.plan.hash} {list(e.value.shape)} {e.value.dtype}" for _, e in self.entries(source)
                 ]
+                others = [n for n in plan.names if n != name]
+                together = f"; it is made of {', '.join(others)} too: load them together" if others else ""
                 raise ReleasedError(
                     f"weight {name} {list(source.shape)} was released, and the form {plan.hash} of it that "
-                    f"the program needs is not held (held: {', '.join(held) or 'nothing'}); "
+                    f"the program needs is not held (held: {', '.join(held) or 'nothing'}){together}; "
                     f"{ownership.WAY_OUT}"
                 )
 
@@ -188,7 +191,9 @@ class WeightStore:
         home, new, needed = None, None, False
         for sources, entry in held:
             at = next(i for i, s in enumerate(sources) if s is source)
-            needed |= at in ownership.pinned(entry.plan.gm) or not entry.plan.sources  # loaded: not known
+            gm = entry.plan.gm
+            needed |= at in ownership.pinned(gm) or at in ownership.repeated(gm)
+            needed |= not entry.plan.sources  # loaded: not known
             way = ownership.ways(entry.plan.gm).get(at)
             if way is not None and home is None:
                 home, new = entry, ownership.follow(way, entry.value)
@@ -224,6 +229,12 @@ class WeightStore:
                     continue
                 if changed is None or not changed.isdisjoint(key[1]):
                     self._entries.pop(key, None)
+            self._forget_sets()
+
+    def look_again(self) -> None:
+        """The next call of each program looks every weight up, and releases what it may."""
+        with self._lock:
+            self._epoch += 1
             self._forget_sets()
 
     def _prepare(self, sources: tuple[torch.Tensor, ...], plan: PreparePlan) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -315,6 +316,46 @@ def _outside(directory: Path) -> None:
     changed_manifest(directory, lambda m: m["weights"]["block.k.weight"].update(offset=10**6))
 
 
+def _flip(directory: Path) -> None:
+    file = weights_file(directory)
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(bytes(data))
+
+
+def _short_stride(directory: Path) -> None:
+    changed_manifest(directory, lambda m: m["weights"]["block.k.weight"].update(stride=[1]))
+
+
+def _words(directory: Path) -> None:
+    changed_manifest(directory, lambda m: m["weights"]["block.k.weight"].update(offset="x"))
+
+
+def _no_such_source(directory: Path) -> None:
+    changed_manifest(directory, lambda m: m["prepared"][0].update(sources=["lost"]))
+
+
+def _no_sources(directory: Path) -> None:
+    changed_manifest(directory, lambda m: m["prepared"][0].update(sources=[]))
+
+
+def _no_bytes(directory: Path) -> None:
+    changed_manifest(directory, lambda m: m["weights"]["gain"].update(block=None))
+
+
+def _weights_list(directory: Path) -> None:
+    changed_manifest(directory, lambda m: m.update(weights=[1]))
+
+
+def _two_of_one(directory: Path) -> None:
+    """Saved of a model in which they are not tied."""
+
+    def untie(m: dict) -> None:
+        m["weights"]["head.weight"] = {**m["weights"]["head.weight"], "offset": 0, "stride": [1, 30]}
+
+    changed_manifest(directory, untie)
+
+
 DAMAGES: dict[Callable[[Path], None], str] = {
     _cut: r"has \d+ bytes, its header says \d+; save the model again",
     _cut_in_header: "is cut off or no safetensors file",
@@ -327,6 +368,14 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     _version: "has version 2, this reads 1",
     _missing_key: r"is damaged \(KeyError\('prepared'\)\)",
     _elsewhere: "names no file beside it",
+    _flip: "has other bytes than were saved",
+    _short_stride: "graphopt.json is damaged",
+    _words: "is no place",
+    _no_such_source: "is damaged .*'lost', no weight",
+    _no_sources: "is damaged",
+    _no_bytes: r"is damaged \(gain has no bytes\)",
+    _weights_list: "graphopt.json is damaged",
+    _two_of_one: "embed.weight and head.weight are one weight in the model and two as saved",
     _no_block: "block 'lost' is not in the file",
     _outside: "is no part of",
 }
@@ -360,7 +409,12 @@ def _other_dtype(model: Mixed) -> None:
     model.block.half()
 
 
+def _untied(model: Mixed) -> None:
+    model.head.weight = nn.Parameter(model.head.weight.clone(), requires_grad=False)
+
+
 MISFITS: dict[Callable[[Mixed], None], str] = {
+    _untied: "embed.weight and head.weight are one weight as saved and two in the model",
     _lacks: "the model lacks packed; build it from the same configuration",
     _has_more: "saved was no more.bias, more.weight",
     _other_shape: r"block.k.weight is \[24, 20\] torch.float32 in the model and \[20, 20\] torch.float32 ",
@@ -377,6 +431,43 @@ def test_another_model_is_named(tmp_path: Path, change: Callable[[Mixed], None])
     with pytest.raises(ArtifactError, match=MISFITS[change]):
         graphopt.load(other, tmp_path)
     assert all(torch.equal(x, before[n]) for n, x in state_of(other).items())
+
+
+def test_another_configuration_is_told(tmp_path: Path) -> None:
+    class Config:
+        def __init__(self, eps: float) -> None:
+            self.eps = eps
+
+        def to_dict(self) -> dict[str, object]:
+            return {"eps": self.eps, "_name_or_path": str(self.eps)}
+
+    model = block()
+    model.config = Config(0.1)
+    graphopt.save(graphopt.optimize(model), tmp_path)
+    other = block(1)
+    other.config = Config(0.2)
+    with pytest.warns(UserWarning, match=r"configuration differs .*: eps is 0\.2, saved was 0\.1"):
+        graphopt.load(other, tmp_path)
+
+
+def test_two_threads_may_save_at_a_time(tmp_path: Path) -> None:
+    model, y = run()
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(5):
+                graphopt.save(model, tmp_path)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and not list(tmp_path.glob(".*.new"))
+    assert torch.equal(graphopt.load(mixed(7), tmp_path)(TOKENS), y)
 
 
 def test_what_cannot_be_saved_or_loaded_into(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 import graphopt
-from graphopt import backend
+from graphopt import backend, torch_private
 from graphopt import graph as g
 from graphopt.errors import ReleasedError, WeightError
 from graphopt.options import Options
@@ -174,6 +174,9 @@ def test_what_replaces_an_alias_is_prepared_and_released(replace: str) -> None:
             changed.double()
     x = x.double() if replace == "dtype" else x
     agree(model(x), twin(x))
+    if replace == "parameter":
+        assert model.k.weight.untyped_storage().nbytes() == model.k.weight.nbytes, "somebody may hold it"
+        graphopt.optimize(model, strict=True)
     agree(model(x), twin(x))
     gc.collect()
     assert memory(model) == sum(p.nbytes for p in model.parameters())
@@ -319,11 +322,14 @@ def test_a_form_that_is_not_held_is_an_error_with_a_way_out() -> None:
 
 
 def test_another_road_to_a_released_weight_is_an_error() -> None:
-    model, _ = released()
     passes = (graphopt.Canonicalize(), graphopt.Recognise(), Quantize(exclude=("head",)), graphopt.Lower())
-    program, _ = graphopt.Pipeline(passes).run(graphopt.capture(model, rows()))
-    with pytest.raises(ReleasedError, match=r"weight weight \[64, 64\] was released"):
-        program(rows())
+    model = owned()
+    captured = graphopt.capture(model, rows())
+    program, _ = graphopt.Pipeline(passes).run(captured)
+    model(rows())
+    for other in (program, captured):
+        with pytest.raises(ReleasedError, match=r"weight weight \[64, 64\] was released"):
+            other(rows())
 
 
 def test_refresh_keeps_the_only_form_of_a_weight() -> None:
@@ -338,6 +344,7 @@ def test_refresh_keeps_the_only_form_of_a_weight() -> None:
 @pytest.mark.parametrize("replace", ["parameter", "data", "state", "assigned", "zero"])
 def test_new_values_are_prepared_and_released(replace: str) -> None:
     model, twin = released()[0], packed()
+    later = replace in ("parameter", "assigned")
     new = torch.randn(64, 64)
     if replace == "parameter":
         model.weight = nn.Parameter(new.clone())
@@ -356,8 +363,135 @@ def test_new_values_are_prepared_and_released(replace: str) -> None:
     expected = compiled(twin)(rows())
     for _ in range(2):
         agree(model(rows()), expected)
+    if later:
+        assert not stand_ins(model), "somebody may hold it"
+        agree(graphopt.optimize(model, strict=True, **OPTIONS)(rows()), expected)
     gc.collect()
     assert stand_ins(model) == {"weight"}
+
+
+def test_parameters_of_others_stay() -> None:
+    model, y = released()
+    other = packed(1)
+    state = dict(packed(2).named_parameters())
+    with torch.no_grad():
+        torch.func.functional_call(model, dict(other.named_parameters()), (rows(),))
+    assert not stand_ins(other) and torch.equal(model(rows()), y)
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_(False)
+    model(rows())
+    model(rows(5))
+    assert not any(is_stand_in(p) for p in state.values())
+
+
+def _shared(model: nn.Module) -> None:
+    base = torch.randn(100, 64)
+    model.a, model.b = nn.Parameter(base[:64]), nn.Parameter(base[36:])
+
+
+def _twice(model: nn.Module) -> None:
+    model.a, model.b = nn.Parameter(torch.randn(64, 64)), nn.Parameter(torch.randn(64, 64))
+    model.b.data = model.a.data
+
+
+def _buffer(model: nn.Module) -> None:
+    _twice(model)
+    model.register_buffer("seen", model.b.detach())
+
+
+def _part(model: nn.Module) -> None:
+    model.a, model.b = (nn.Parameter(torch.randn(100, 64)[:64]) for _ in range(2))
+
+
+@pytest.mark.parametrize("build", [_shared, _twice, _buffer, _part])
+@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}], ids=["merged", "packed"])
+def test_weights_in_shared_memory_stay(
+    build: Callable[[nn.Module], None], options: dict[str, object]
+) -> None:
+    class Both(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.a) * nn.functional.linear(x, self.b)
+
+    model = Both()
+    build(model)
+    before = [p.data_ptr() for p in model.requires_grad_(False).parameters()]
+    graphopt.optimize(model, strict=True, **options)
+    for _ in range(2):
+        model(rows())
+    assert [p.data_ptr() for p in model.parameters()] == before and not stand_ins(model)
+
+
+def test_a_tied_weight_that_is_merged_twice_stays_readable() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(64, 64) for _ in range(3))
+            self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x) + torch.relu(self.b(x)) * self.c(x)
+
+    model = Twice().requires_grad_(False)
+    twin = copy.deepcopy(model)
+    graphopt.optimize(model, strict=True)
+    for _ in range(2):
+        agree(model(rows()), twin(rows()))
+        for changed in (model, twin):
+            changed.a.weight.mul_(2)
+    assert not stand_ins(model) and torch.equal(model.state_dict()["a.weight"], twin.a.weight)
+
+
+def test_other_compilers_never_read_a_stand_in() -> None:
+    model, y = released()
+    for outer in (nn.Sequential(model), lambda x: model(x)):
+        assert torch.equal(torch.compile(outer, backend="eager")(rows()), y)
+    outer = nn.Sequential(nn.Identity(), model.requires_grad_(False))
+    assert torch.equal(torch.compile(outer, backend="graphopt", options=dict(OPTIONS))(rows()), y)
+    for strict in (False, True):
+        with pytest.raises(Exception, match="cannot be exported"):
+            torch.export.export(model, (rows(),), strict=strict)
+    with pytest.raises(ReleasedError, match=r"weight weight \[64, 64\] was released .* captured"):
+        graphopt.capture(model, rows())
+
+
+def test_more_programs_than_torch_compiles_by_default() -> None:
+    if not torch_private.more_compilations(1):
+        pytest.skip("torch.compile has no recompile_limit before torch 2.13")
+
+    class Scaled(Packed):
+        def forward(self, x: torch.Tensor, by: str = "") -> torch.Tensor:
+            return super().forward(x) + len(by)
+
+    model = graphopt.optimize(Scaled().requires_grad_(False), strict=True, **OPTIONS)
+    y = model(rows())
+    for count in range(12):
+        agree(model(rows(), "x" * count), y + count)
+
+
+def test_the_recompile_limit_is_named_where_the_program_runs_eagerly() -> None:
+    with pytest.raises(ReleasedError, match=r"reload the model.*recompile_limit"):
+        released()[0]._call_impl(rows())
+
+
+def test_siblings_of_a_merged_weight_are_named() -> None:
+    model = graphopt.optimize(Transposed().requires_grad_(False), strict=True)
+    for p in model.parameters():
+        assert p in backend.STORE.owners.mine
+    store = WeightStore()
+    gm = prepare_graph(lambda call, a, b: call(aten.cat.default, [a, b], 0), (7, 5), (4, 5))
+    plan = PreparePlan(gm, "cat", (0, 1), ("q", "k"))
+    gone = stand_in((7, 5), torch.float32, torch.device("cpu"))
+    with pytest.raises(ReleasedError, match=r"weight q .* made of k too: load them together"):
+        store.get((gone, torch.ones(4, 5)), plan)
+
+
+def test_without_release_every_guard_is_kept() -> None:
+    model = owned(release=False)
+    model(rows())
+    model.weight = nn.Parameter(torch.randn(64, 64).t(), requires_grad=False)
+    with counted() as counts:
+        model(rows())
+    assert counts["graphs"] == 1
 
 
 def test_a_state_that_does_not_fit_leaves_the_stand_in() -> None:

@@ -287,3 +287,44 @@ def test_operator_log() -> None:
     assert of(lambda x, y: x.to(half).float() + y) != of(lambda x, y: x + y)
     assert of(lambda x, y: x + 1) != of(lambda x, y: x + 2) and of(lambda x, y: x) != of(lambda x, y: y)
     assert of(lambda x, y: (x, y)) != of(lambda x, y: (y, x))
+
+
+def test_the_backend_that_dynamo_traces_for() -> None:
+    assert p.compiler_name() is None
+    names: list[str | None] = []
+
+    @torch.compiler.assume_constant_result
+    def ask() -> bool:
+        names.append(p.compiler_name())
+        return True
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        x = x + 1 if ask() else x
+        p.graph_break()
+        return x
+
+    for backend in ("eager", "graphopt"):
+        torch.compile(function, backend=backend)(torch.ones(2))
+    assert list(dict.fromkeys(names)) == ["eager", "graphopt"]  # traced again after the break
+
+
+def test_more_compilations_are_arguments_of_compile() -> None:
+    arguments = p.more_compilations(12)
+    assert arguments in ({}, {"recompile_limit": 12})
+    assert torch.compile(lambda x: x + 1, backend="eager", **arguments)(torch.ones(1)) == 2
+
+
+def test_constant_while_tracing_is_not_traced() -> None:
+    asked: list[int] = []
+
+    def ask() -> bool:
+        asked.append(1)  # Dynamo would refuse to trace a change of the outside
+        return True
+
+    answer = p.constant_while_tracing(ask)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if answer() else x - 1
+
+    assert torch.equal(program(torch.ones(2)), torch.full((2,), 2.0)) and asked

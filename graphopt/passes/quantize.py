@@ -30,6 +30,10 @@ LINEAR = ops.linear.overload
 RULE = "int8_linear"
 KINDS = ("int8",)
 SHOWN = 5  # an error's list of weights
+# What has scales of its own dtype.
+WIDE_ENOUGH = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
+# What moves weights and leaves their numbers alone: it says the same of a weight and of a cast of it.
+MOVES = frozenset({aten.slice.Tensor, aten.permute.default, aten.cat.default})
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class Quantize:
     nodes on the weight, which `fold` prepares once. Kept as they are: linears whose outputs choose experts,
     linears with few weights, and what is excluded by name; an embedding is no linear, so the table of a tied
     `lm_head` stays while the head becomes int8.
+
+    Casts of a weight are left out, also those below concatenations, slices and transposes: what is packed
+    are the numbers that the model holds, with scales in their dtype, and so one int8 form serves a model
+    with and without autocast. It is within half a step of the weight as it is; the rounding of a cast to a
+    narrower dtype, which would come on top of it, does not happen.
 
     Options:
         kind: "int8".
@@ -101,6 +110,7 @@ class _Quantizer:
     weights: set[fx.Node]  # what depends on weights alone
     ids: dict[str, int] = field(default_factory=dict)
     packed: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)  # weight -> int8, scales
+    held: dict[fx.Node, fx.Node] = field(default_factory=dict)  # weight -> the same without casts
 
     # --------------------------------------------------------------------------------------------- looking
 
@@ -183,9 +193,10 @@ class _Quantizer:
             return made
 
         with self.graph.inserting_before(node):
-            if weight not in self.packed:  # a weight that several linears read is packed once
-                self.packed[weight] = self.pack(weight, call)
-            linear = call(ops.linear_int8.overload, x, *self.packed[weight], bias)
+            held = self.uncast(weight, call)
+            if held not in self.packed:  # a weight that several linears read is packed once
+                self.packed[held] = self.pack(held, call)
+            linear = call(ops.linear_int8.overload, x, *self.packed[held], bias)
         node.replace_all_uses_with(linear)
         self.graph.erase_node(node)
         if self.ctx.fuel is not None:
@@ -193,6 +204,31 @@ class _Quantizer:
         made = tuple(n.name for n in new)
         match = Match(identity, RULE, g.module_path(linear), g.source(linear), (node.name,), made)
         emit(self.ctx.observers, Matched(match))
+
+    def uncast(self, weight: fx.Node, call: Callable[..., fx.Node]) -> fx.Node:
+        """cat([to(W1), to(W2)])   ->   cat([W1, W2])
+
+        The weight as the model holds it. A cast from what is not floating, or is fp8, stays: those have no
+        int8 form of their own.
+        """
+        if weight not in self.held:
+            self.held[weight] = self._uncast(weight, call)
+        return self.held[weight]
+
+    def _uncast(self, weight: fx.Node, call: Callable[..., fx.Node]) -> fx.Node:
+        if not self.weights.issuperset(weight.all_input_nodes):
+            return weight
+        if g.is_call(weight, aten.to.dtype):
+            source = weight.args[0]
+            assert isinstance(source, fx.Node)
+            return self.uncast(source, call) if g.dtype(source) in WIDE_ENOUGH else weight
+        if not g.is_call(weight, *MOVES):
+            return weight
+        inputs = {node: self.uncast(node, call) for node in weight.all_input_nodes}
+        if all(node is held for node, held in inputs.items()):
+            return weight
+        assert callable(weight.target)
+        return call(weight.target, *fx.map_arg(weight.args, lambda node: inputs[node]))
 
     def pack(self, weight: fx.Node, call: Callable[..., fx.Node]) -> tuple[fx.Node, fx.Node]:
         """cat([W1, W2])   ->   cat([int8(W1), int8(W2)]), cat([scales(W1), scales(W2)])

@@ -22,6 +22,7 @@ from graphopt.observe import Matched, Refused, Warned, emit
 from graphopt.rewrite import Match, Refusal
 from graphopt.sharding.elementwise import PRODUCT_RULES, is_pointwise, pointwise
 from graphopt.sharding.flow import Flow, names_behind, where
+from graphopt.sharding.held import held
 from graphopt.sharding.local import Local
 from graphopt.sharding.plan import Pinned, Plan
 from graphopt.sharding.rules import RULES, unknown
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 RULE = "shard"
 PLAN_HASH = "plan_hash"  # in the graph module's meta: equal on all ranks that may run together
 BYTES = "sharded_bytes"  # in the graph module's meta, for the report: of all weights, and of the rank's
+HELD = "held_heads"  # in the graph module's meta: a `sharding.held.Held`
 SHARED = "sharded"  # in the graph module's meta: a `Shared`
 
 
@@ -109,6 +111,7 @@ class Shard:
         kinds = {name: kind for node, kind in flow.kinds.items() for name in names_behind(weight_of(node))}
         before = bytes_read(gm.graph)
         self.tell(flow, ctx)
+        gm.meta[HELD] = held(flow)
         origin = g.Origin(RULE, f"{RULE}@-#{gm.meta[PLAN_HASH][:6]}", ())
         Local(flow, self.axis, self.rank, Parts(gm.graph, flow.weights, origin)).run()
         g.eliminate_dead_code(gm.graph)
@@ -128,7 +131,10 @@ class Shard:
     def digest(self, flow: Flow) -> str:
         """A hash of what the ranks must agree in: the graph, how it is shared, options and versions."""
         text = re.sub(r"cuda:\d+", "cuda", listing(flow.graph))  # a rank's own device
-        kinds = [f"{node.name} {kind}" for node, kind in flow.kinds.items()]
+        text = re.sub(r"^(%\d+) \S+ = ", r"\1 = ", text, flags=re.MULTILINE)  # names count up in a process
+        text = re.sub(r" +", " ", text)
+        number_of = {node: i for i, node in enumerate(flow.graph.nodes)}
+        kinds = [f"{number_of[node]} {kind}" for node, kind in flow.kinds.items()]
         about = (text, kinds, self.world, self.axis, repr(self.plan), torch.__version__)
         return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from graphopt.errors import GraphoptError, OptionError
+from graphopt.runtime.held import MARKS, Held
 
 AXIS = "tp"
 DIGEST = 16  # characters of a plan's hash
@@ -104,11 +105,13 @@ class Ranked:
 
     Raises, when called:
         RankError: the plans differ; a rank is gone, or did not come within the group's timeout.
+        ShardError: an input holds the rank's own heads alone, and the program reads all.
     """
 
     run: Callable[..., object]
     mesh: Mesh
     digest: str
+    held: Held = field(default_factory=Held)
     agreed: bool = field(default=False, init=False)
 
     def __call__(self, *args: object) -> object:
@@ -117,7 +120,11 @@ class Ranked:
             if not self.agreed:
                 agree(self.mesh, self.digest)
                 self.agreed = True
-            return self.run(*args)
+            MARKS.check(self.held, args)
+            passing = MARKS.passing(self.held, args)
+            result = self.run(*args)
+            MARKS.note(self.held, args, result, passing)
+            return result
         except RuntimeError as error:
             reason = lost(self.mesh, error)
             if reason is None:

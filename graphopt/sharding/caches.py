@@ -27,10 +27,11 @@ def cache_update(flow: Flow, node: fx.Node) -> Outcome:
 def _written(flow: Flow, node: fx.Node, base: fx.Node, new: fx.Node, *dims: int) -> Layout:
     """base with `new` written into it, shared along one of `dims`."""
     have, old = flow.layout(new), flow.layout(base)
-    if isinstance(have, (Split, Own)) and have.dim in dims and isinstance(old, (Replicated, Own)):
+    mine = isinstance(old, (Replicated, Own)) and node in attended(flow)
+    if isinstance(have, (Split, Own)) and have.dim in dims and mine:
         if isinstance(old, Own) and old.dim == have.dim:
-            for mine, other in zip(old.segments, have.segments, strict=True):
-                mine.axis.unite(other.axis)
+            for one, other in zip(old.segments, have.segments, strict=True):
+                one.axis.unite(other.axis)
         flow.own(node, new, have.dim, have.segments)
         return Own(have.dim, have.segments)
     if isinstance(old, Own) and isinstance(have, Replicated):
@@ -76,6 +77,24 @@ def write_back(flow: Flow, node: fx.Node) -> Outcome:
     return REPLICATED
 
 
+def attended(flow: Flow) -> set[fx.Node]:
+    """What attention's keys and values are made of in this graph; a cache that it does not read is whole.
+
+    After a graph break, code that no graph has may read the cache.
+    """
+    if flow.attended is None:
+        flow.attended = set()
+        attentions = (ops.attention.overload, ops.attention_lse.overload)
+        todo = [x for node in flow.graph.nodes if g.is_call(node, *attentions) for x in node.args[1:3]]
+        while todo:
+            node = todo.pop()
+            if isinstance(node, fx.Node) and node not in flow.attended:
+                flow.attended.add(node)
+                if not g.is_call(node, ops.linear.overload, *attentions):
+                    todo += node.all_input_nodes
+    return flow.attended
+
+
 KEEPS_HEADS = (aten.slice.Tensor, aten.clone.default, aten.roll.default, aten.pad.default)
 
 
@@ -92,6 +111,26 @@ def caches(flow: Flow) -> set[fx.Node]:
             found.add(node)
     flow.kept = found
     return found
+
+
+def updated(flow: Flow) -> set[fx.Node]:
+    """Those of the caches that go on from an input: a concatenation with it, and what is cut out of that."""
+    found: set[fx.Node] = set()
+    for node in flow.graph.nodes:
+        if g.is_call(node, aten.cat.default):
+            if any(_an_input(x) for x in node.all_input_nodes):
+                found.add(node)
+        elif g.is_call(node, *KEEPS_HEADS) and node.args[0] in found:
+            found.add(node)
+    return found & caches(flow)
+
+
+def _an_input(node: fx.Node) -> bool:
+    """Whether a value is an input, or is cut out of one."""
+    while g.is_call(node, *KEEPS_HEADS):
+        assert isinstance(node.args[0], fx.Node)
+        node = node.args[0]
+    return node.op == "placeholder"
 
 
 CACHE_RULES: Mapping[object, Rule] = {

@@ -50,7 +50,7 @@ class Flow:
         cuts: rows at which a linear's output is sliced: it is several outputs side by side.
         summed: values that are summed where they are made.
         layouts: what a rank has of each value; wants: what a call needs of an operand, where it differs.
-        kept: what attention reads as keys and values, once somebody asked.
+        kept: what attention reads as keys and values, once somebody asked; attended: what these are made of.
         kinds: how each linear and embedding is shared: "column", "row", "vocabulary".
     """
 
@@ -69,6 +69,7 @@ class Flow:
     reduced: set[fx.Node] = field(default_factory=set)
     errors: list[str] = field(default_factory=list)
     kept: set[fx.Node] | None = None
+    attended: set[fx.Node] | None = None
     changed: bool = False
     parted: bool = False
 
@@ -154,7 +155,7 @@ class Flow:
     def gather(self, user: fx.Node, operand: fx.Node, have: Layout) -> None:
         """A call needs all of an operand that the plan wants shared, or that is shared for its width."""
         assert isinstance(have, (Split, Own))
-        if isinstance(have, Own) or any(s.axis.copies(self.world) > 1 for s in have.segments):
+        if isinstance(have, Own):
             self.errors.append(
                 f"{where(user)}: {g.op_name(user)} needs all of {operand.name}, which the plan wants shared "
                 "and which cannot be gathered; leave the linears that make it out of the plan"
@@ -221,7 +222,11 @@ class Flow:
             self.whole[node] = why
 
     def uneven(self, node: fx.Node, units: int, what: str) -> None:
-        """Remember that something that should be shared does not divide; the last sweep's are raised."""
+        """Remember that something that should be shared does not divide; the last sweep's are raised.
+
+        Args:
+            units: what none may be cut of; `what` names them.
+        """
         self.errors.append(
             f"{where(node)}: {g.op_name(node)} has {units} {what}, which {self.world} ranks cannot share "
             f"evenly; choose a number of ranks that divides {units}, or leave it out by a plan ('replicated')"

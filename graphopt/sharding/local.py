@@ -99,6 +99,11 @@ class Local:
             )
             g.set_val(wide, g.val(whole))  # the reference is that of a mesh of one rank
             self.flow.graph.erase_node(whole)
+            copies = segment.axis.copies(self.flow.world)
+            if copies > 1:  # every piece once
+                firsts = range(0, local * self.flow.world, local * copies)
+                once = [self.cut(wide, have.dim, first, first + local) for first in firsts]
+                wide = self.parts.joined(node, once, have.dim)
             pieces.append(self.cut(wide, have.dim, 0, segment.size))
         return self.parts.joined(node, pieces, have.dim)
 

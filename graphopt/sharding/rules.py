@@ -10,7 +10,7 @@ from torch import fx
 
 from graphopt import graph as g
 from graphopt import ops
-from graphopt.sharding.caches import CACHE_RULES, HEADS, caches
+from graphopt.sharding.caches import CACHE_RULES, HEADS, caches, updated
 from graphopt.sharding.flow import Flow, Outcome, Rule, tensors
 from graphopt.sharding.layout import (
     PARTIAL,
@@ -101,7 +101,9 @@ def _row(flow: Flow, node: fx.Node, segments: Segments, columns: int) -> Outcome
     """linear(x_r, W[:, r]): a term; the bias is in the first rank's."""
     for segment in segments:
         if not segment.axis.even(flow.world):
-            flow.uneven(node, segment.size, "input features")
+            units = segment.axis.root().units
+            pieces = f"pieces (heads or groups) of its {segment.size} input features"
+            flow.uneven(node, units, pieces if units != segment.size else "input features")
     flow.split(node, node.args[0], g.rank(node.args[0]) - 1, segments)  # type: ignore[arg-type]  # a node
     flow.split(node, node.args[1], 1, segments)
     flow.kinds[node] = "row"
@@ -251,13 +253,15 @@ def added_norm(flow: Flow, node: fx.Node) -> Outcome:
 
 def output(flow: Flow, node: fx.Node) -> Outcome:
     """What the caller gets: sums, gathered logits; a cache keeps its shape and has a rank's own heads."""
-    kept = caches(flow)
+    kept, made = caches(flow), updated(flow)
     for value in dict.fromkeys(v for v in g.flat_arguments(node) if isinstance(v, fx.Node)):
         have = flow.layout(value)
         if isinstance(have, Own):
             continue
-        if isinstance(have, Split) and have.dim == HEADS and value in kept:
+        if isinstance(have, Split) and have.dim == HEADS and value in made:
             flow.own(node, value, HEADS, have.segments)
+        elif isinstance(have, Split) and have.dim == HEADS and value in kept:
+            flow.gather(node, value, have)  # what begins a cache, or is read elsewhere: all heads
         elif isinstance(have, Split) and _wide(flow, have):
             flow.gather(node, value, have)
         else:

@@ -18,7 +18,7 @@ from graphopt.passes.merge import Merge
 from graphopt.passes.quantize import LINEAR, Quantize, named
 from graphopt.passes.recognise import Recognise
 from graphopt.pipeline import Context, Pipeline
-from graphopt.weights import WeightStore
+from graphopt.weights import Prepared, WeightStore
 from tests.graphs import Builder, calls
 from tests.tolerances import close
 
@@ -151,12 +151,75 @@ def test_slices_transposes_and_casts_of_weights_are_quantized() -> None:
     half = build.weight("half", 64, 64, dtype=torch.bfloat16)
     part = build.call(aten.slice.Tensor, build.call(aten.slice.Tensor, w, 0, 64, 128, 1), 1, 0, 64, 1)
     turned = build.call(aten.permute.default, conv, [1, 0])
-    cast = build.call(aten.to.dtype, half, torch.float32, False, False, None)
-    gm, listener = quantized(build.done(*(build.call(LINEAR, x, v, None) for v in (part, turned, cast))))
+    widened = cast(build, half, torch.float32)
+    gm, listener = quantized(build.done(*(build.call(LINEAR, x, v, None) for v in (part, turned, widened))))
     assert len(calls(gm, INT8)) == 3 and len(listener.ids) == 3
     v = values(gm)
-    for out, weight in zip(gm(*v), (v[1][64:, :64], v[2].T, v[3].float()), strict=True):
-        close(out, v[0] @ kept(weight).T, torch.float32)
+    for out, weight in zip(gm(*v), (v[1][64:, :64], v[2].T, v[3]), strict=True):
+        scales = ops.scales_int8(weight, 64)
+        close(out, v[0] @ dequantized(ops.pack_int8(weight, scales), scales).T, torch.float32)
+    assert [g.dtype(n) for n in calls(gm, SCALES)] == [torch.float32, torch.float32, torch.bfloat16]
+
+
+def cast(build: Builder, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return build.call(aten.to.dtype, x, dtype, False, False, None)
+
+
+def prepared_plans(cast_to: torch.dtype | None, merged: bool) -> list[str]:
+    """Hashes of what two linears prepare, as they are and as autocast traces them."""
+    build = Builder()
+    dtype = cast_to or torch.float32
+    x = build.input("x", 2, 64, dtype=dtype)
+    weights = [build.weight(f"{name}.weight", 64, 64) for name in "qk"]
+    if cast_to is not None:
+        weights = [cast(build, w, cast_to) for w in weights]
+    gm = build.done(*(build.call(LINEAR, x, w, None) for w in weights))
+    if merged:
+        Merge().run(gm, Context())
+    gm, _ = quantized(gm)
+    assert len(calls(gm, INT8)) == 2 - merged
+    fold(gm, WeightStore())
+    (prepared,) = (m for m in gm.modules() if isinstance(m, Prepared))
+    return sorted(plan.hash for plan in prepared.plans)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_form_serves_a_weight_and_its_casts(dtype: torch.dtype, merged: bool) -> None:
+    assert prepared_plans(dtype, merged) == prepared_plans(None, merged)
+
+
+def test_what_is_packed_stands_under_the_casts() -> None:
+    build = Builder()
+    x = build.input("x", 2, 64, dtype=torch.bfloat16)
+    w, wide = build.weight("w", 64, 96), build.weight("wide", 64, 64, dtype=torch.float64)
+    turned = build.call(aten.permute.default, cast(build, w, torch.bfloat16), [1, 0])
+    part = build.call(aten.slice.Tensor, turned, 0, 0, 64, 1)
+    beside = build.call(aten.cat.default, [part, cast(build, wide, torch.bfloat16)], 0)
+    twice = cast(build, cast(build, wide, torch.float32), torch.bfloat16)
+    gm, _ = quantized(build.done(*(build.call(LINEAR, x, v, None) for v in (part, beside, twice))))
+    gm.graph.eliminate_dead_code()
+    assert not calls(gm, aten.to.dtype)
+    x_value, *v = values(gm)
+    w64 = v[1].double()
+    for out, weight in zip(gm(x_value, *v), (v[0].T[:64], torch.cat([v[0].T[:64], w64]), w64), strict=True):
+        close(out, x_value.double() @ kept(weight.double()).T, torch.bfloat16)
+
+
+def test_casts_of_what_has_no_int8_form_stay() -> None:
+    build = Builder()
+    x = build.input("x", 2, 64)
+    sources = [
+        build.weight("fp8", 64, 64, dtype=torch.float8_e4m3fn),
+        build.weight("whole", 64, 64, dtype=torch.int32),
+    ]
+    gm, _ = quantized(
+        build.done(*(build.call(LINEAR, x, cast(build, w, torch.float32), None) for w in sources))
+    )
+    assert len(calls(gm, INT8)) == len(calls(gm, aten.to.dtype)) == 2
+    v = values(gm)
+    for out, weight in zip(gm(*v), v[1:], strict=True):
+        close(out, v[0] @ kept(weight.float()).T, torch.float32)
 
 
 def test_a_tied_head_is_quantized_and_the_table_stays() -> None:

@@ -14,7 +14,7 @@ from graphopt.lowering.module import Lower
 from graphopt.pipeline import Context
 from graphopt.sharding.lockstep import lockstep
 from tests.graphs import Builder, calls
-from tests.sharding.drawing import Refusals, reductions, shared, values
+from tests.sharding.drawing import Refusals, check, gathers, reductions, shared, values
 from tests.tolerances import close
 
 aten = torch.ops.aten
@@ -95,9 +95,9 @@ def run_all(
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize(
     ("update", "write_back"),
-    [(None, False), (appended, False), (joined, False), (updated, True), (copied, True), (rolled, True)],
+    [(appended, False), (joined, False), (updated, True), (copied, True), (rolled, True)],
 )
-def test_each_rank_has_its_heads_of_the_cache(update: Update | None, write_back: bool, world: int) -> None:
+def test_each_rank_has_its_heads_of_the_cache(update: Update, write_back: bool, world: int) -> None:
     gm = block(update, write_back)
     ranks = shared(gm, world)
     assert [reductions(rank) for rank in ranks] == [1] * world
@@ -110,6 +110,22 @@ def test_each_rank_has_its_heads_of_the_cache(update: Update | None, write_back:
             close(cache[:, head], whole[:, head], torch.float32)
             others = [h for h in range(KV) if h != head]
             assert not cache[:, others].any()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_keys_that_no_cache_is_behind_are_returned_whole(world: int) -> None:
+    """They may begin a cache, or be a result that anything reads; attention is shared nevertheless."""
+    for rank in check(block(None, False), world):
+        assert (reductions(rank), gathers(rank)) == (1, 2)
+
+
+def test_what_is_cut_out_of_a_concatenation_with_a_cache_goes_on_as_one() -> None:
+    def window(build: Builder, cache: fx.Node, new: fx.Node) -> fx.Node:
+        cut = build.call(aten.slice.Tensor, cache, 2, 1, PAST, 1)
+        return build.call(aten.cat.default, [cut, new], 2)
+
+    for rank in shared(block(window, False), 2):
+        assert gathers(rank) == 0
 
 
 @pytest.mark.parametrize("update", [updated, copied])
@@ -134,3 +150,24 @@ def test_keys_that_something_else_needs_whole_are_not_shared() -> None:
     for (keys,) in found:
         close(keys, want[0], torch.float32)
     assert list(heard.reasons.values()) == ["left whole: it is returned"]
+
+
+@pytest.mark.parametrize("update", [updated, copied, rolled])
+def test_a_cache_that_no_attention_of_the_graph_reads_is_written_whole(update: Update) -> None:
+    """Its reader is behind a graph break, and may be in no graph at all."""
+    build = Builder()
+    x, cache = build.input("x", 2, NEW, 6), build.input("k_cache", 2, KV, PAST, DIM)
+    y = build.call(ops.linear.overload, x, build.weight("k.weight", KV * DIM, 6), None)
+    split = build.call(aten.reshape.default, y, [2, NEW, KV, DIM])
+    keys = build.call(aten.permute.default, split, [0, 2, 1, 3])
+    build.call(aten.copy_.default, cache, update(build, cache, keys))
+    gm = build.done(build.call(aten.relu.default, x))
+    gm.recompile()
+    names = [n.name for n in g.placeholders(gm.graph)]
+    at = names.index("k_cache")
+    whole = values(gm)
+    gm(*whole)
+    mine = [[v.clone() for v in values(gm)] for _ in range(2)]
+    lockstep(shared(gm, 2), mine)
+    for args in mine:
+        close(args[at], whole[at], torch.float32)

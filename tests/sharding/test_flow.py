@@ -455,3 +455,36 @@ def test_one_rank_changes_nothing() -> None:
     before = g.fingerprint(gm.graph)
     Shard().run(gm, Context())
     assert g.fingerprint(gm.graph) == before
+
+
+def test_uneven_pieces_are_named_with_their_number() -> None:
+    """48 features divide by 3; 4 heads of 12 do not, and it is heads that ranks share."""
+    build = Builder()
+    x = build.input("x", 2, 48)
+    y = build.call(ops.linear.overload, x, build.weight("up.weight", 48, 48), None)
+    heads = build.call(aten.reshape.default, y, [2, 4, 12])
+    normed = build.call(ops.rms_norm.overload, heads, build.weight("norm.weight", 12), 1e-6)
+    flat = build.call(aten.reshape.default, normed, [2, 48])
+    gm = build.done(build.call(ops.linear.overload, flat, build.weight("down.weight", 48, 48), None))
+    with pytest.raises(ShardError, match=r"has 4 pieces .*48 input features, which 3 ranks .* divides 4"):
+        shared(gm, 3)
+
+
+def test_the_hash_is_that_of_the_graph_not_of_its_names() -> None:
+    """Names count up in a process: the second trace of a program has others."""
+
+    def drawn(rows: int) -> fx.GraphModule:
+        build = Builder()
+        x = build.input("x", 2, 6)
+        up = build.call(ops.linear.overload, x, build.weight("up.weight", rows, 6), None)
+        act = build.call(aten.relu.default, up)
+        return build.done(build.call(ops.linear.overload, act, build.weight("down.weight", 6, rows), None))
+
+    def digest(gm: fx.GraphModule) -> object:
+        return shared(gm, 2)[0].meta[PLAN_HASH]
+
+    one, two = drawn(8), drawn(8)
+    for node in two.graph.nodes:
+        if node.op == "call_function":
+            node._rename(f"{node.name}_a_much_longer_name_{17}")
+    assert digest(one) == digest(two) != digest(drawn(12))
