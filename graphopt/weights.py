@@ -18,6 +18,7 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
+from graphopt import graph as g
 from graphopt import ownership, torch_private
 from graphopt.errors import ReleasedError, WeightError
 from graphopt.observe import Observer, Warned, emit
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 # Mapped over all sources in C: 300 checks of identity, version and pointer take 42 us.
 _version = attrgetter("_version")
 _data_ptr = torch.Tensor.data_ptr
+
+LOOKED_AT = 1 << 20  # elements that are looked at at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,6 +357,7 @@ class Prepared(torch.nn.Module):
     def _prepare_and_release(self, sources: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Weight by weight, so that the peak is one weight above what stays."""
         ours = self.store.owners.releasable()
+        self._require_finite(sources, ours)
         last = {i: n for n, at in enumerate(self.arguments) for i in at}  # the last plan that reads a source
         values = []
         for n, (plan, at) in enumerate(zip(self.plans, self.arguments, strict=True)):
@@ -363,11 +367,38 @@ class Prepared(torch.nn.Module):
                     self.store.release(source)
         return tuple(values)
 
+    def _require_finite(self, sources: tuple[torch.Tensor, ...], ours: Set[int]) -> None:
+        """Look at all weights that are going to be packed before the first of them is released.
+
+        Raises WeightError for NaN and infinity: packing would fail halfway, with other weights gone.
+        """
+        packed: dict[int, str] = {}
+        for plan, at in zip(self.plans, self.arguments, strict=True):
+            if _packs(plan):
+                packed |= zip(at, plan.names, strict=True)
+        for i, name in packed.items():
+            source = sources[i]
+            if id(source) not in ours or ownership.is_stand_in(source) or _is_finite(source.detach()):
+                continue
+            reason = ValueError("it has values that are not finite (NaN or infinity)")
+            raise WeightError(f"cannot prepare weight {name} {tuple(source.shape)}: {reason}") from reason
+
     def __repr__(self) -> str:
         return f"Prepared({len(self.plans)} weights)"
 
     def __reduce__(self) -> tuple[type[Prepared], tuple[object, ...]]:
         return Prepared, (self.store, self.plans, self.arguments)
+
+
+def _packs(plan: PreparePlan) -> bool:
+    """Whether a plan puts weights into fewer bits, which numbers that are not finite do not survive."""
+    return any(g.is_ours(node.target) and node.op == "call_function" for node in plan.gm.graph.nodes)
+
+
+def _is_finite(x: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite; a block of rows at a time, to hold little."""
+    rows = max(1, LOOKED_AT // max(1, x[:1].numel())) if x.dim() else 1
+    return all(bool(torch.isfinite(part).all()) for part in (x.split(rows) if x.dim() else (x,)))
 
 
 def prepared_weights(prepared: Prepared, *sources: torch.Tensor) -> tuple[torch.Tensor, ...]:

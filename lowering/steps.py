@@ -70,7 +70,7 @@ def steps(gm: fx.GraphModule, target: Target) -> tuple[Step, ...]:
             if node.op == "placeholder" or node.target is prepared_weights:
                 values[node] = g.val(node)
             elif node.op == "get_attr":
-                values[node] = operator.attrgetter(str(node.target))(gm)
+                (values[node],) = torch_private.faked([operator.attrgetter(str(node.target))(gm)], mode)
             elif node.op == "call_function":
                 before = len(recorder.launches)
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)  # type: ignore[arg-type]  # values

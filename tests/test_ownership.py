@@ -786,3 +786,37 @@ def test_a_dead_model_is_owned_no_more() -> None:
     del model
     gc.collect()
     assert id(weight) not in owners.releasable()
+
+
+# --------------------------------------------------------------------------------------------------- NaN
+
+
+class Chain(nn.Module):
+    """Two packed weights, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.last = (nn.Parameter(torch.randn(64, 64) / 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.first), self.last)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_weight_that_cannot_be_packed_is_found_before_any_is_released(value: float) -> None:
+    model = Chain().eval()
+    with torch.no_grad():
+        model.last[3, 5] = value
+    before = copy.deepcopy(dict(model.named_parameters()))
+    graphopt.optimize(model, quantize="int8", strict=True)
+    with pytest.raises(WeightError, match=r"weight last \(64, 64\): it has values that are not finite"):
+        model(rows())
+    assert stand_ins(model) == set()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) or name == "last"
+    with torch.no_grad():
+        model.last[3, 5] = 0.5
+    found = model(rows())
+    assert stand_ins(model) == {"first", "last"} and bool(found.isfinite().all())

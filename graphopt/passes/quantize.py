@@ -78,8 +78,8 @@ class Quantize:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise OptionError(f"quantize has no kind {self.kind!r}; known are {', '.join(map(repr, KINDS))}")
-        if self.group < 1:
-            raise OptionError(f"quantize has group {self.group}; it takes a whole number, 1 or more")
+        if type(self.group) is not int or self.group < 1:
+            raise OptionError(f"quantize has group {self.group!r}; it takes a whole number, 1 or more")
         if isinstance(self.exclude, str):
             raise OptionError(
                 f"quantize excludes {self.exclude!r}; it takes a tuple of names, as ('lm_head',)"

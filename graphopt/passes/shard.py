@@ -89,7 +89,7 @@ class Shard:
     exactness: ClassVar[str] = "reordered"
 
     def __post_init__(self) -> None:
-        if self.world < 1 or not 0 <= self.rank < self.world:
+        if type(self.world) is not int or type(self.rank) is not int or not 0 <= self.rank < self.world:
             raise ShardError(f"rank {self.rank} of {self.world}: give 0 <= rank < world, and world >= 1")
         if not self.axis.isidentifier():
             raise ShardError(f"axis {self.axis!r} is no name of a mesh axis, as 'tp'")

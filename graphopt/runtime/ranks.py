@@ -19,7 +19,8 @@ DIGEST = 16  # characters of a plan's hash
 
 # What torch.distributed's backends say when a peer is gone or does not come.
 LOST = re.compile(
-    r"gloo|nccl|connection (was )?(closed|reset|refused)|timed? ?out|broken pipe|socket|process group|store",
+    r"\bgloo\b|\bnccl|connection (was )?(closed|reset|refused)|\btimed out|\btimeout\b|broken pipe|"
+    r"\bsocket\b|process group|\bTCPStore\b",
     re.IGNORECASE,
 )
 

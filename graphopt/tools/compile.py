@@ -94,6 +94,11 @@ class Compilation:
             text += f"; without a kernel: {', '.join(f'{n} {name}' for name, n in self.references.items())}"
         return text
 
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What is wrong with a kernel, a line each: spills, local memory, too much shared memory."""
+        return tuple(f"{k.name} ({k.configuration}): {fault}" for k in self.kernels for fault in k.faults)
+
     def __str__(self) -> str:
         rows = [_cells(row) for row in self.kernels]
         widths = [max(map(len, column)) for column in zip(HEADINGS, *rows, strict=True)]
@@ -101,7 +106,7 @@ class Compilation:
             "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip()
             for row in (HEADINGS, *rows)
         ]
-        return "\n".join((self.summary(), *lines))
+        return "\n".join((self.summary(), *lines, *(f"fault: {fault}" for fault in self.faults)))
 
     def __rich__(self) -> RenderableType:
         from rich.console import Group
@@ -113,7 +118,8 @@ class Compilation:
             table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
         for row in self.kernels:
             table.add_row(*map(Text, _cells(row)), style="bold red" if row.faults else "")
-        return Group(Text(self.summary(), style="bold"), table)
+        faults = (Text(f"fault: {fault}", style="bold red") for fault in self.faults)
+        return Group(Text(self.summary(), style="bold"), table, *faults)
 
 
 HEADINGS = (

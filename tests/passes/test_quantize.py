@@ -390,6 +390,8 @@ def test_wrong_options_are_errors() -> None:
         Quantize("int4")
     with pytest.raises(OptionError, match="group 0; it takes a whole number"):
         Quantize(group=0)
+    with pytest.raises(OptionError, match=r"group 64\.0; it takes a whole number"):
+        Quantize(group=64.0)  # type: ignore[arg-type]  # that is what is tested
     with pytest.raises(OptionError, match=r"'lm_head'; it takes a tuple of names, as \('lm_head',\)"):
         Quantize(exclude="lm_head")  # type: ignore[arg-type]  # that is what is tested
 

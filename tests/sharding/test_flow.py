@@ -344,6 +344,8 @@ def test_a_pass_hashes_and_compares() -> None:
 
 
 def test_an_axis_that_is_no_name() -> None:
+    with pytest.raises(ShardError, match=r"rank 0 of 2\.0: give 0 <= rank < world"):
+        Shard(2.0, 0)  # type: ignore[arg-type]  # that is what is tested
     with pytest.raises(ShardError, match="axis 't p' is no name"):
         Shard(2, 0, "t p")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -78,6 +79,22 @@ def test_the_table_has_a_line_for_each_kernel(records: Path) -> None:
     assert len(lines) == 2 + len(found.kernels) and lines[1].split()[0] == "kernel"
     parsed = json.loads(found.to_json())
     assert parsed["layers"] == found.layers and len(parsed["kernels"]) == len(found.kernels)
+
+
+def test_a_faulty_kernel_has_a_line_of_its_own(records: Path) -> None:
+    found = compiled("llama", "cuda:90", records)
+    assert found.faults == () and "fault" not in str(found)
+    bad = dataclasses.replace(found.kernels[0], faults=("88 bytes of stack > 0",))
+    worse = dataclasses.replace(found, kernels=(bad, *found.kernels[1:]))
+    assert str(worse).splitlines()[-1] == f"fault: {bad.name} ({bad.configuration}): 88 bytes of stack > 0"
+
+
+def test_a_constant_of_the_graph_is_no_hindrance(records: Path) -> None:
+    """A sliding layer of a dynamic cache clones a constant tensor."""
+    torch.compiler.reset()
+    example = load("gemma2", batch=1, length=9, dtype="bfloat16", cache="dynamic")
+    found = compile_for(example.model, example.args, example.kwargs, target="cuda:90", cache=records)
+    assert found.kernels and found.references == {}
 
 
 @pytest.mark.parametrize(("target", "message"), [("cuda:91", "unknown target 'cuda:91'"), ("cpu", "'cpu'")])
