@@ -66,13 +66,14 @@ def test_two_processes_give_the_logits_of_one(two: Path, name: str) -> None:
 
 
 def test_caches_keep_the_shapes_of_one_process(two: Path) -> None:
-    step = (2 * LAYERS + 1, 1)  # all-reduces, and the gathering of logits
-    # The keys and values of a prompt on an empty cache are results as any other: they are gathered, too.
-    prompt = (2 * LAYERS + 1, 1 + LAYERS)
+    # One gather for the logits. The keys and values of a prompt that attention reads past the cache are
+    # results as any other: gathered, too, once a layer.
     for found in results(two, "caches", 2):
-        for cache, counts in (("static", {step}), ("dynamic", {prompt, step})):
+        for cache in ("static", "dynamic"):
             assert found[cache]["far"] < LOGITS  # type: ignore[index]  # a dict
-            assert {tuple(c) for c in found[cache]["counts"]} == counts  # type: ignore[index]
+            reduces, gathers = map(set, zip(*found[cache]["counts"], strict=True))  # type: ignore[index]
+            assert reduces == {2 * LAYERS + 1}
+            assert 1 in gathers and gathers <= {1, 1 + LAYERS}
 
 
 def test_through_torch_compile(two: Path) -> None:
