@@ -66,14 +66,14 @@ def test_two_processes_give_the_logits_of_one(two: Path, name: str) -> None:
 
 
 def test_caches_keep_the_shapes_of_one_process(two: Path) -> None:
-    # One gather for the logits. The keys and values of a prompt that attention reads past the cache are
-    # results as any other: gathered, too, once a layer.
+    # One gather for the logits. The keys and the values of a prompt that attention reads past the cache are
+    # results as any other: gathered, too, once each a layer.
     for found in results(two, "caches", 2):
         for cache in ("static", "dynamic"):
             assert found[cache]["far"] < LOGITS  # type: ignore[index]  # a dict
             reduces, gathers = map(set, zip(*found[cache]["counts"], strict=True))  # type: ignore[index]
             assert reduces == {2 * LAYERS + 1}
-            assert 1 in gathers and gathers <= {1, 1 + LAYERS}
+            assert min(gathers) == 1 and max(gathers) <= 1 + 2 * LAYERS
 
 
 def test_through_torch_compile(two: Path) -> None:
