@@ -131,7 +131,7 @@ def fused(m: int, n: int, k: int, *, gated: bool) -> Work:
     def theirs(x: torch.Tensor, w: torch.Tensor, *rest: object) -> object:
         norm_weight, residual = rest[3], rest[-1]
         if not gated:
-            return torch.addmm(residual, x, w.T)  # type: ignore[call-overload]  # a tensor
+            return torch.addmm(residual, x, w.T)
         assert isinstance(norm_weight, torch.Tensor)
         gate, up = F.linear(F.rms_norm(x, (k,), norm_weight, 1e-6), w).chunk(2, -1)
         return F.silu(gate) * up
@@ -141,7 +141,7 @@ def fused(m: int, n: int, k: int, *, gated: bool) -> Work:
         bound = {"nbytes": 2 * rows * k, "marks": (0.88, 0.93, 0.97)}
     else:
         bound = {"flops": 2 * m * rows * k, "marks": (0.85, 0.95, 1.0)}
-    return Work(f"{name} bf16, {m} x {k} -> {n}", ops.fused_linear, make, theirs, **bound)  # type: ignore[arg-type]
+    return Work(f"{name} bf16, {m} x {k} -> {n}", ops.fused_linear, make, theirs, **bound)
 
 
 # --------------------------------------------------------------------------------------------- attention
@@ -213,7 +213,7 @@ def measure(work: Work, ceilings: tuple[float, float]) -> dict[str, object]:
     sets = [first, *(work.make() for _ in range(rotations(size) - 1))]
 
     def calls(function: Callable[..., object]) -> list[Call]:
-        return [lambda s=s: function(*s) for s in sets]  # type: ignore[misc]  # bound now
+        return [lambda s=s: function(*s) for s in sets]
 
     turned: Turned = compare(calls(work.theirs), calls(launch))
     rate, ceiling = (
@@ -256,7 +256,7 @@ def _cast(value: object, dtype: torch.dtype) -> object:
     if isinstance(value, tuple):
         return tuple(_cast(v, dtype) for v in value)
     floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.to(dtype) if floating else value  # type: ignore[union-attr]  # a tensor
+    return value.to(dtype) if floating else value
 
 
 def main() -> None:

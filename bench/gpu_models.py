@@ -51,14 +51,14 @@ def stepper(model: nn.Module, call: Callable[..., object]) -> Step:
     """Decode one token after the other on a static cache of its own that holds a prompt; gives the logits."""
     past = transformers.StaticCache(config=model.config, max_cache_len=ROOM)
     generator = torch.Generator("cuda").manual_seed(1)
-    prompt = torch.randint(3, SIZES["vocab_size"], (1, PROMPT), device="cuda", generator=generator)  # type: ignore[arg-type]
+    prompt = torch.randint(3, SIZES["vocab_size"], (1, PROMPT), device="cuda", generator=generator)
     with torch.no_grad():
         model(input_ids=prompt, past_key_values=past, use_cache=True)
     token = prompt[:, -1:].clone()
 
     def step() -> torch.Tensor:
         with torch.no_grad():
-            logits = call(input_ids=token, past_key_values=past, use_cache=True).logits  # type: ignore[attr-defined]
+            logits = call(input_ids=token, past_key_values=past, use_cache=True).logits
         token.copy_(logits[:, -1:].argmax(-1))
         return logits
 
@@ -148,7 +148,7 @@ def main() -> None:
         try:
             row = measure(model, options, name, bandwidth, given.turns)
             exact = not (options and options.get("quantize"))
-            if exact and not row["distance"] <= CLOSE:  # type: ignore[operator]  # a float
+            if exact and not row["distance"] <= CLOSE:
                 failed, row = True, {**row, "wrong": f"distance {row['distance']} > {CLOSE}"}
         except Exception as error:  # the other rows are worth as much
             failed, row = True, {"name": name, "error": record.told(error)}

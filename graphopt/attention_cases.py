@@ -94,4 +94,4 @@ def masks(queries: int, keys: int, heads: int = 2, batch: int = 2) -> dict[str, 
 def must(name: str, dim: int, queries: int = 4096, dtype: torch.dtype | None = HALF, **rest: object) -> Case:
     """A case of a real size: 32 heads on `keys` (default: as many as queries) keys."""
     parts: dict[str, object] = {"heads": 32, "kv_heads": 8, "batch": 1, "keys": queries}
-    return case(name, dim=dim, queries=queries, dtype=dtype, **(parts | rest))  # type: ignore[arg-type]
+    return case(name, dim=dim, queries=queries, dtype=dtype, **(parts | rest))  # type: ignore[arg-type]  # by name

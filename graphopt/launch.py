@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 
 from graphopt.targets import CPU, TARGETS, Target, target_of
 
 Grid: TypeAlias = "tuple[int, ...]"
+
+
+class Jitted(Protocol):
+    """What is asked of a `triton.jit` function: its name, its parameters, `kernel[grid](...)`."""
+
+    __name__: str
+    arg_names: Sequence[str]
+
+    def __getitem__(self, grid: Grid) -> Callable[..., object]: ...
+
 
 ALIGNED = 16  # bytes of a pointer, or a factor of an int: what lets Triton load 16 bytes at once
 INTERPRETED = "cuda:90"  # whose configurations the interpreter runs; a test may ask for another
@@ -54,7 +64,7 @@ class Launch:
         options: num_warps, num_stages, ...
     """
 
-    kernel: object
+    kernel: Jitted
     grid: Grid
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, object], ...]
@@ -64,7 +74,7 @@ class Launch:
     @property
     def name(self) -> str:
         """The jit function's name."""
-        return str(self.kernel.__name__)  # type: ignore[attr-defined]  # a JITFunction has one
+        return self.kernel.__name__
 
     @property
     def programs(self) -> int:
@@ -117,7 +127,7 @@ def current_target(x: torch.Tensor) -> Target:
     return TARGETS[INTERPRETED if name == CPU else name]
 
 
-def launch(kernel: object, grid: Grid, *arguments: object, **keywords: object) -> None:
+def launch(kernel: Jitted, grid: Grid, *arguments: object, **keywords: object) -> None:
     """kernel[grid](*arguments, **keywords), with Triton's own keywords for options; no program, no launch.
 
     Args:
@@ -135,7 +145,7 @@ def launch(kernel: object, grid: Grid, *arguments: object, **keywords: object) -
         return
     first = next(a for a in arguments if isinstance(a, torch.Tensor))
     with torch.cuda.device_of(first):  # Triton launches on the current device, whatever its arguments' is
-        kernel[grid](*arguments, **_known(keywords, current_target(first)))  # type: ignore[index]  # JITFunction
+        kernel[grid](*arguments, **_known(keywords, current_target(first)))
 
 
 def _known(keywords: dict[str, object], target: Target) -> dict[str, object]:
@@ -144,13 +154,13 @@ def _known(keywords: dict[str, object], target: Target) -> dict[str, object]:
     return {k: v for k, v in keywords.items() if k not in foreign}
 
 
-def described(kernel: object, grid: Grid, arguments: Sequence[object], keywords: dict[str, object]) -> Launch:
+def described(kernel: Jitted, grid: Grid, arguments: Sequence[object], keywords: dict[str, object]) -> Launch:
     """The launch as Triton would specialise it at run time.
 
     Source: `specialize_impl` in Triton's runtime: None and an int 1 are compiled in; pointers and ints that
     are multiples of 16 are marked. Those in `do_not_specialize` are neither.
     """
-    names: Sequence[str] = kernel.arg_names  # type: ignore[attr-defined]  # a JITFunction has them
+    names = kernel.arg_names
     free = [n for n in names if n not in keywords]
     if len(free) != len(arguments):
         raise TypeError(f"{kernel} takes {', '.join(free)}, but got {len(arguments)} arguments")
@@ -185,7 +195,7 @@ def _type_of(value: object) -> str:
     if isinstance(value, float):
         return "fp32"
     if hasattr(value, "block_shape"):  # a TensorDescriptor: TMA where the target has it
-        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"  # type: ignore[attr-defined]
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"  # type: ignore[attr-defined]  # has it
     raise TypeError(f"a kernel takes no {type(value).__name__} ({value!r})")
 
 

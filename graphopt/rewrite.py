@@ -140,7 +140,7 @@ class Rewriter:
     def take(self, variant: Variant, found: Binding, node: fx.Node) -> bool:
         """Apply a match, or a larger one that contains it.
 
-        Gemma's norm of a bf16 row ends in a cast; what stands before the cast is the norm of an fp32 row.
+        A bf16 row's norm may end in a cast; what stands before the cast is the norm of an fp32 row.
         """
         inside = set(found.nodes.values())
         for below in downstream(node):
