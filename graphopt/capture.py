@@ -23,7 +23,7 @@ from graphopt.aliasing import written_inputs
 from graphopt.autocast import ambient, outside
 from graphopt.errors import CaptureRefused, ReleasedError, WeightError
 from graphopt.ownership import WAY_OUT, is_stand_in
-from graphopt.tracing import Door, check_inputs, first_line, trace
+from graphopt.tracing import ROOT, Door, check_inputs, first_line, trace
 from graphopt.weights import prepared_weights
 
 Flat: TypeAlias = "list[object]"
@@ -251,11 +251,20 @@ def _weight_names(sources: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _way(source: str) -> tuple[str, ...]:
-    """The words of a parameter's or buffer's source, its root first; empty for any other source."""
-    if not re.search(r"\._(?:parameters|buffers)\['[^']+'\]$", source):
+    """The words of a parameter's or buffer's source, its root first; empty for any other source.
+
+    The root may be an item: behind a decorator that takes `*args`, a module is `L['args'][0]`.
+    """
+    root = re.match(ROOT, source)
+    if root is None or not re.search(r"\._(?:parameters|buffers)\['[^']+'\]$", source):
         return ()
-    words = [a or b or c for a, b, c in re.findall(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)", source)]
-    return tuple(word for word in words if word not in _HOPS)
+    hops = (word for word in _words(source[root.end() :]) if word not in _HOPS)
+    return (".".join(_words(root[0])), *hops)
+
+
+def _words(source: str) -> list[str]:
+    """The names and numbers of a source, or of a part of it."""
+    return [a or b or c for a, b, c in re.findall(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)", source)]
 
 
 def _name_weights(gm: fx.GraphModule, names: Sequence[tuple[str, ...]]) -> None:

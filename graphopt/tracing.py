@@ -15,6 +15,9 @@ from graphopt import autocast, torch_private
 from graphopt import graph as g
 from graphopt.errors import CaptureRefused
 
+# Where a source of Dynamo begins: a variable, or an item of one (`L['args'][0]` behind a decorator of forward).
+ROOT = r"[LG]\['\w+'\](?:\[\d+\])*"
+
 # Calls that are recorded and that mean nothing for inference. `inference_mode` inside a graph only marks
 # tensors.
 _IGNORED = frozenset(
@@ -177,7 +180,7 @@ def _module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path = next(reversed(stack.values()))[0]
-    path = re.sub(r"^L\['\w+'\]\.?|^L__\w+?\.", "", path)
+    path = re.sub(rf"^{ROOT}\.?|^L__\w+?\.", "", path)
     path = re.sub(r"_modules\['([^']+)'\]", r"\1", path)
     path = re.sub(r"\[(\d+)\]", r".\1", path)
     return ".".join(part for part in path.split(".") if part and part != "_orig_mod")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from graphopt import backend
-from graphopt.capture import _weight_names
+from graphopt import graph as g
+from graphopt.capture import _weight_names, from_dynamo
 from tests.tolerances import close
 
 A, B = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
@@ -72,6 +74,43 @@ def test_a_real_model_that_reaches_modules_through_dict_is_right() -> None:
         close(compiled(pixels).last_hidden_state, model(pixels).last_hidden_state, torch.float32)
 
 
+def decorated(forward: Callable[..., object]) -> Callable[..., object]:
+    """As libraries wrap `forward`: Dynamo then knows the module as an item of `args`."""
+
+    @functools.wraps(forward)
+    def wrapped(*args: object, **kwargs: object) -> object:
+        return forward(*args, **kwargs)
+
+    return wrapped
+
+
+class Decorated(nn.Module):
+    """A module whose paths begin with its only child's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 8))
+
+    @decorated
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+def test_a_decorated_forward_changes_no_name() -> None:
+    found: list[tuple[set[str], set[str]]] = []
+
+    def names(gm: fx.GraphModule, examples: list[object]) -> Callable[..., object]:
+        graph = from_dynamo(gm, examples).gm.graph
+        weights = {g.weight_names(n)[0] for n in g.placeholders(graph) if g.is_weight(n)}
+        found.append((weights, {g.module_path(n) for n in graph.nodes if n.op == "call_function"}))
+        return gm.forward
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(Decorated(), backend=names)(torch.randn(3, 8))
+    assert found == [({"inner.0.weight", "inner.0.bias"}, {"inner.0"})]
+
+
 FC = "._modules['fc']._parameters['weight']"
 
 
@@ -80,6 +119,8 @@ FC = "._modules['fc']._parameters['weight']"
     [
         ([f"L['self']{FC}", "L['x']", "L['self'].scale"], [("fc.weight",), (), ()]),
         ([f"L['fn']._orig_mod{FC}"], [("fc.weight",)]),
+        ([f"L['args'][0]{FC}", f"L['args'][0].ls[1]{FC}"], [("fc.weight",), ("ls.1.fc.weight",)]),
+        ([f"L['ms'][0]{FC}", f"L['ms'][1]{FC}"], [("ms.0.fc.weight",), ("ms.1.fc.weight",)]),
         ([f"G['a']{FC}", f"G['b']{FC}"], [("a.fc.weight",), ("b.fc.weight",)]),
         (["L['self'].ls[1]._parameters['bias']"], [("ls.1.bias",)]),
         (["L['self'].__dict__['norm']._buffers['mean']"], [("norm.mean",)]),
