@@ -187,6 +187,6 @@ def refusal(node: fx.Node) -> str | None:
         if isinstance(x, fx.Node) and dtype(x) == torch.float64:
             return f"{name} is torch.float64, q is {dtype(q)}"
     window = number(arg(node, "window"))
-    if isinstance(window, int) and window >= 2**31:
-        return f"window {window} >= 2^31"
+    if isinstance(window, int) and window >= 2**30:  # less a position before all keys it must fit 32 bits
+        return f"window {window} >= 2^30"
     return None

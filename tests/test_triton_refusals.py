@@ -245,7 +245,7 @@ ATTENTION_REFUSALS = [
         (Q, K, K, 0.5, False, 0, None, None, None, None, None, tensor(4, dtype=F64)),
         "sinks is torch.float64, q is torch.float32",
     ),
-    ((Q, K, K, 0.5, False, 0, None, 2**31), "window 2147483648 >= 2^31"),
+    ((Q, K, K, 0.5, False, 0, None, 2**30), "window 1073741824 >= 2^30"),
 ]
 
 
