@@ -284,10 +284,11 @@ def _precision(product: Product, target: Target) -> str:
 
 
 def has_descriptor(*matrices: torch.Tensor) -> bool:
-    """Whether TMA takes these: not empty, rows contiguous, start and row stride multiples of 16 bytes."""
+    """Whether TMA takes these: not empty, rows contiguous and apart, start and stride aligned to 16 bytes."""
     return all(
         t.numel() > 0
         and t.stride(1) == 1
+        and t.stride(0) > 0
         and t.stride(0) * t.element_size() % ALIGNED == 0
         and _address(t) % ALIGNED == 0
         for t in matrices

@@ -40,7 +40,8 @@ def fused_linear(
 ) -> torch.Tensor:
     """act(norm(x) @ weight^T + bias) + residual: one launch, and one for the norm of more than 16 rows.
 
-    x and residual are copied where their leading dimensions have no common stride; all else is read in place.
+    x and residual are copied where their leading dimensions have no common stride, vectors where their
+    elements are apart; all else is read in place.
     """
     features = weight.shape[0] // (2 if gated else 1)
     made = x.dtype
@@ -58,8 +59,9 @@ def fused_linear(
         norm = norm_weight = norm_bias = None
     if not x.shape[-1]:  # nothing to scale
         weight, scales = weight.to(x.dtype), None
+    bias, norm_weight, norm_bias = map(_vector, (bias, norm_weight, norm_bias))
     product = Product(
-        x=x.reshape(rows, x.shape[-1]),
+        x=_near(x.reshape(rows, x.shape[-1])),
         weight=weight,
         scales=scales,
         bias=bias,
@@ -71,7 +73,7 @@ def fused_linear(
         cast_before_scale=cast_before_scale,
         activation=activation,
         gated=gated,
-        residual=residual.expand(y.shape).reshape(rows, features) if residual is not None else None,
+        residual=_near(residual.expand(y.shape).reshape(rows, features)) if residual is not None else None,
         y=y.view(rows, features),
     )
     if rows == 1:
@@ -81,6 +83,16 @@ def fused_linear(
     else:
         gemm(product)
     return y
+
+
+def _vector(x: torch.Tensor | None) -> torch.Tensor | None:
+    """x, or a copy where neighbours are apart: kernels step through vectors by one."""
+    return x if x is None else x.contiguous()
+
+
+def _near(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix, or a copy where a row spans more elements than kernels count in: 32 bits."""
+    return matrix if matrix.shape[1] * matrix.stride(1) < 2**31 else matrix.contiguous()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from graphopt import ops
+from graphopt import ops, torch_private
 from graphopt.graph import val
 from graphopt.kernel import Kernel
 from graphopt.kernels import linear_triton
@@ -182,6 +182,24 @@ def test_descriptors_only_where_the_target_and_the_strides_allow() -> None:
     assert has_descriptor(whole, whole[:, 8:]) and not has_descriptor(whole[:, 1:])
     assert not has_descriptor(whole.t()) and not has_descriptor(whole[:0])
     assert not has_descriptor(torch.zeros(8, 60, dtype=BF16)), "120 bytes a row"
+    assert not has_descriptor(whole[:1].expand(8, -1)), "one row many times"
+
+
+@pytest.mark.parametrize(("stride", "read_in_place"), [(1 << 15, True), (1 << 16, False)])
+def test_columns_farther_apart_than_offsets_reach_are_brought_together(
+    stride: int, read_in_place: bool
+) -> None:
+    """2^15 columns at 2^16 end at element 2^31, which 32 bits do not hold."""
+    with torch_private.new_fake_mode():
+        x = torch.empty_strided((1, 1 << 15), (1 << 31, stride), dtype=BF16)
+        residual = torch.empty_strided((1, 1 << 15), (1 << 31, stride), dtype=BF16)
+        weight = torch.empty(1 << 15, 1 << 15, dtype=BF16)
+    arguments = (x, weight, None, None, *NO_NORM, None, False, residual)
+    (one,) = launches_of(linear_triton.fused_linear, arguments, HOPPER)
+    kinds = dict(one.signature)
+    assert {kinds[n] for n in ("x_col_stride", "residual_col_stride")} == (
+        {"i32"} if read_in_place else {"constexpr"}
+    )
 
 
 def test_another_number_of_rows_compiles_nothing_new() -> None:

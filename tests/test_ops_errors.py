@@ -81,6 +81,8 @@ ERRORS: dict[str, Callable[[], object]] = {
     "fused_linear: weight has 1 dimensions; it must have 2": lambda: fused(weight=E(5)),
     "fused_linear: scales has 1 dimensions; it must have 2": lambda: fused(scales=E(4)),
     "fused_linear: rows of scales is 3; it must be 4": lambda: fused(scales=E(3, 1)),
+    "fused_linear: bias has 2 dimensions; it must have 1": lambda: fused(bias=E(1, 4)),
+    "fused_linear: size of bias is 1; it must be 4": lambda: fused(bias=E(1)),
     "fused_linear: gated without an activation": lambda: fused(gated=True),
     "fused_linear: gated with 3 rows; it takes gate and up": lambda: fused(
         weight=E(3, 5), gated=True, activation="silu"

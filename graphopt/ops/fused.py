@@ -38,10 +38,20 @@ def _normed(
     raise ValueError(f"fused_linear: norm {norm!r} is not one of {', '.join(NORMS)}")
 
 
-def _check(x: Tensor, weight: Tensor, scales: Tensor | None, gated: bool, activation: str | None) -> int:
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    gated: bool,
+    activation: str | None,
+) -> int:
     """The number of output features. Raises ValueError for what does not fit together."""
     require_rank("fused_linear", 2, weight=weight)
     require_size("fused_linear", "last size of x", x.shape[-1], weight.shape[1])
+    if bias is not None:
+        require_rank("fused_linear", 1, bias=bias)
+        require_size("fused_linear", "size of bias", bias.shape[0], weight.shape[0])
     if scales is not None:
         require_rank("fused_linear", 2, scales=scales)
         require_size("fused_linear", "rows of scales", scales.shape[0], weight.shape[0])
@@ -71,7 +81,7 @@ def _fused_linear_fake(
     gated: bool,
     residual: Tensor | None,
 ) -> Tensor:
-    features = _check(x, weight, scales, gated, activation)
+    features = _check(x, weight, scales, bias, gated, activation)
     if norm not in (None, *NORMS):
         raise ValueError(f"fused_linear: norm {norm!r} is not one of {', '.join(NORMS)}")
     dtype = x.dtype
@@ -109,7 +119,7 @@ def fused_linear(
     Source: CUTLASS' epilogues; the prologue: KERNELS for decoding, as in gpt-fast and megakernels.
     Raises ValueError where sizes do not fit, for an unknown norm or activation, and gated without one.
     """
-    features = _check(x, weight, scales, gated, activation)
+    features = _check(x, weight, scales, bias, gated, activation)
     h = _normed(x, norm, norm_weight, norm_bias, eps, weight_offset, cast_before_scale)
     y = F.linear(h, weight, bias) if scales is None else linear_int8.reference(h, weight, scales, bias)
     rounded = y.dtype

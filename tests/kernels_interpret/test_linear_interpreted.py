@@ -57,6 +57,15 @@ def test_a_transposed_weight_is_read_in_place(rows: int, target: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_vectors_whose_elements_are_apart(norm: str, rows: int) -> None:
+    x, weight, apart, one = made(rows, 40), made(24, 40, scale=0.1), made(80)[::2], made(1).expand(40)
+    norm_bias = one if norm == "layer" else None
+    same((x, weight, None, made(48)[::2], norm, apart, norm_bias, 1e-5, 0.0, True, None, False, None))
+    same((x, weight, None, made(1).expand(24), norm, one, None, 1e-5, 0.0, True, None, False, None))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
 def test_a_residual_of_one_number(rows: int) -> None:
     x, weight, residual = made(rows, 40), made(8, 40, scale=0.1), torch.tensor(0.5)
     arguments = (x, weight, None, None, *NO_NORM, None, False, residual)
