@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -33,24 +34,47 @@ MOST = 8  # graphs kept of one program: a server may alternate between a few set
 class Graphs(Protocol):
     """How a run is captured: by CUDA, or by what a test puts in its place."""
 
+    def stream(self) -> int | None:
+        """The stream that would replay now; None while it records: the run is to become a part of that."""
+        ...
+
     def capture(self, run: Callable[[], Values]) -> tuple[Callable[[], None], Values]:
         """Record a run without doing it: what replays it, and where its results will lie."""
         ...
 
 
+@dataclass(frozen=True)
 class CudaGraphs:
-    """CUDA's own; all graphs of a process share one pool of memory, as they never run at once."""
+    """CUDA's own, on one device. Graphs of one stream share a pool of memory, as they never run at once."""
+
+    device: torch.device
+
+    def stream(self) -> int | None:
+        """As `Graphs.stream`."""
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        return torch.cuda.current_stream(self.device).cuda_stream
 
     def capture(self, run: Callable[[], Values]) -> tuple[Callable[[], None], Values]:
         """As `Graphs.capture`. The run must have been made once before: kernels are compiled and loaded."""
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
-            results = run()
-        return graph.replay, results
+        with torch.cuda.device(self.device):  # whose stream records
+            pool = _pool(self.device, torch.cuda.current_stream().cuda_stream)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                results = run()
+        return functools.partial(_replay, graph, self.device), results
 
 
-_pool = functools.cache(torch.cuda.graph_pool_handle)
+def _replay(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
+    with torch.cuda.device(device):  # on whose current stream it runs
+        graph.replay()
+
+
+_pool = functools.cache(lambda device, stream: torch.cuda.graph_pool_handle())
+
+# From the copies in to the copies out: another thread's replay on this stream would overwrite both.
+_one_at_a_time = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -75,13 +99,26 @@ def replayable(graph: fx.Graph) -> str | None:
             value = g.val(node)
             if not isinstance(value, torch.Tensor):
                 return f"input {node.name} is {type(value).__name__}, not a tensor"
-            if value.device.type == "cpu" and not g.is_weight(node):
-                return f"input {node.name} is on the CPU"
+            if value.device.type == "cpu" and not _only_prepared(node):
+                return f"{'weight' if g.is_weight(node) else 'input'} {node.name} is on the CPU"
         if g.is_tensor(node) and not all(isinstance(size, int) for size in g.shape(node)):
             return f"{node.name} has the symbolic shape {tuple(g.shape(node))}"
         if node.op == "call_function" and g.is_random(node.target):
             return f"{node.name} is random"
+    if len(devices := _devices(graph)) > 1:
+        return f"inputs are on {' and '.join(map(str, devices))}"
     return None
+
+
+def _only_prepared(node: fx.Node) -> bool:
+    """Whether an input is a weight that is not read itself: a graph would keep a number read from the CPU."""
+    return g.is_weight(node) and all(user.target is prepared_weights for user in node.users)
+
+
+def _devices(graph: fx.Graph) -> list[torch.device]:
+    """Where the inputs are, but for the CPU."""
+    found = dict.fromkeys(g.device(n) for n in g.placeholders(graph) if g.is_tensor(n))
+    return [device for device in found if device.type != "cpu"]
 
 
 def roles(graph: fx.Graph) -> Roles:
@@ -111,7 +148,8 @@ class _Recording:
 class Replay:
     """Runs a program on flat values: plainly the first time, captured the second, replayed from then on.
 
-    Where a capture fails, the program runs plainly from then on, with one warning.
+    Each stream has graphs of its own. Where a capture fails, the program runs plainly from then on, with one
+    warning.
 
     Args:
         gm: the lowered graph module; its first calls may be a `prepared_weights`, made at each call.
@@ -122,57 +160,68 @@ class Replay:
     def __init__(self, gm: fx.GraphModule, roles: Roles, graphs: Graphs | None = None) -> None:
         self.run: Run = gm.forward
         self.roles = roles
-        self.graphs = graphs or CudaGraphs()
+        self.graphs = graphs or CudaGraphs(_devices(gm.graph)[0])
         self.failed: str | None = None
         self._prepared = _lookup(gm)
         self._seen: OrderedDict[tuple[int, ...], _Recording | None] = OrderedDict()
 
     def __call__(self, *args: object) -> object:
         """Run on values in placeholder order."""
-        if self.failed is not None:
+        stream = self.graphs.stream() if self.failed is None else None
+        if stream is None:
             return self.run(*args)
         prepared = self._prepared(args)
-        key = (*(args[i].data_ptr() for i in self.roles.kept), *map(id, prepared))  # type: ignore[attr-defined]
-        if key not in self._seen:
-            self._seen[key] = None
+        key = (stream, *(args[i].data_ptr() for i in self.roles.kept), *map(id, prepared))  # type: ignore[attr-defined]
+        if self._is_new(key):
+            # Kernels are compiled, and what allocates once does: for buffers, whose alignment may be another.
+            return self._own(self.run(*self._held(args)), args)
+        with _one_at_a_time:
+            recording = self._seen.get(key)
+            if recording is None:
+                try:
+                    recording = self._seen[key] = self._record(args, prepared)
+                except Exception as error:
+                    return self._give_up(args, error)
+            for buffer, i in zip(recording.buffers, self.roles.copied, strict=True):
+                _copy(buffer, args[i])  # type: ignore[arg-type]  # a tensor, by `replayable`
+            recording.replay()
+            return self._results(recording, args)
+
+    def _is_new(self, key: tuple[int, ...]) -> bool:
+        """Whether these addresses were not seen before, or are forgotten; from now on they are the latest."""
+        with _one_at_a_time:
+            new = key not in self._seen
+            self._seen.setdefault(key, None)
+            self._seen.move_to_end(key)
             if len(self._seen) > MOST:
                 self._seen.popitem(last=False)
-            return self.run(*args)  # kernels are compiled, and what allocates once does
-        self._seen.move_to_end(key)
-        recording = self._seen[key]
-        if recording is None:
-            try:
-                recording = self._seen[key] = self._record(args, prepared)
-            except Exception as error:
-                return self._give_up(args, error)
-        for buffer, i in zip(recording.buffers, self.roles.copied, strict=True):
-            buffer.copy_(args[i])  # type: ignore[arg-type]  # a tensor, by `replayable`
-        recording.replay()
-        return self._results(recording, args)
+        return new
+
+    def _held(self, args: Values) -> list[object]:
+        """The values with buffers in the place of what is copied."""
+        held = list(args)
+        with torch.inference_mode(False), torch.no_grad():  # the next call may be in another mode
+            for i in self.roles.copied:
+                held[i] = _buffer(args[i])  # type: ignore[arg-type]  # a tensor, by `replayable`
+        return held
 
     def _record(self, args: Values, prepared: Values) -> _Recording:
-        """Capture a run on these addresses, with buffers in the place of what is copied."""
-        held = list(args)
-        for i in self.roles.copied:
-            held[i] = torch.empty_strided(  # the layout that the kernels were compiled for
-                args[i].size(),  # type: ignore[attr-defined]  # tensors, by `replayable`
-                args[i].stride(),  # type: ignore[attr-defined]
-                dtype=args[i].dtype,  # type: ignore[attr-defined]
-                device=args[i].device,  # type: ignore[attr-defined]
-            ).copy_(args[i])  # type: ignore[arg-type]
-
+        """Capture a run on these addresses."""
+        held = self._held(args)
         replay, results = self.graphs.capture(lambda: tuple(self.run(*held)))  # type: ignore[arg-type]  # flat outputs
         theirs = {_storage(args[i]) for i in self.roles.kept} | {_storage(p) for p in prepared}
         lasting = tuple(not isinstance(r, torch.Tensor) or _storage(r) in theirs for r in results)
         buffers = tuple(held[i] for i in self.roles.copied)
         return _Recording(replay, buffers, results, lasting, prepared)  # type: ignore[arg-type]  # tensors
 
+    def _own(self, results: object, args: Values) -> Values:
+        """Results, with the caller's own tensors for the buffers that are returned."""
+        found = zip(results, self.roles.returned, strict=True)  # type: ignore[call-overload]  # flat outputs
+        return tuple(result if at is None else args[at] for result, at in found)
+
     def _results(self, recording: _Recording, args: Values) -> Values:
-        found = zip(recording.results, recording.lasting, self.roles.returned, strict=True)
-        return tuple(
-            args[at] if at is not None else result if lasting else result.clone()  # type: ignore[attr-defined]
-            for result, lasting, at in found
-        )
+        found = zip(recording.results, recording.lasting, strict=True)
+        return self._own([r if lasting else r.clone() for r, lasting in found], args)  # type: ignore[attr-defined]  # tensors
 
     def _give_up(self, args: Values, error: Exception) -> object:
         self.failed = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -182,6 +231,21 @@ class Replay:
             stacklevel=3,
         )
         return self.run(*args)
+
+
+def _buffer(x: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides: the layout that kernels were chosen for."""
+    made = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+    _copy(made, x)
+    return made
+
+
+def _copy(buffer: torch.Tensor, x: torch.Tensor) -> None:
+    """buffer = x; what an expanded tensor repeats is copied once, as torch writes to no memory twice."""
+    if 0 in buffer.stride():
+        once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in buffer.stride())
+        buffer, x = buffer[once], x[once]
+    buffer.copy_(x)
 
 
 def _storage(value: object) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -79,6 +80,26 @@ def test_greedy_tokens_are_eagers_with_and_without_a_cuda_graph(name: str) -> No
         found, reports = zoo.reports_of(functools.partial(decode, model, ours, ids, 24))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), f"cuda_graphs={graphs}"
         assert not any(r.fallback for r in reports)
+
+
+def test_threads_on_streams_of_their_own_decode_what_one_does() -> None:
+    case = zoo.Case(batch=2, length=7, cache="static")
+    model = on_gpu("llama", case, torch.float32)
+    ids = zoo.inputs(model, case)["input_ids"].cuda()
+    expected = decode(model, model, ids, 12)
+    ours = compiled(model)
+    decode(model, ours, ids, 12)
+    torch.cuda.synchronize()
+
+    def on_a_stream(stream: torch.cuda.Stream) -> list[torch.Tensor]:
+        with torch.cuda.stream(stream):
+            return decode(model, ours, ids, 12)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(on_a_stream, [torch.cuda.Stream() for _ in range(2)]))
+    torch.cuda.synchronize()
+    for tokens in found:
+        assert all(torch.equal(a, b) for a, b in zip(tokens, expected, strict=True))
 
 
 def test_a_decode_step_is_one_launch_of_a_graph() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import fx
 
 from graphopt import graph as g
-from graphopt import ops
+from graphopt import ops, torch_private
 from graphopt.lowering.fold import fold
 from graphopt.lowering.replay import MOST, Replay, Values, replayable, roles
 from graphopt.weights import WeightStore
@@ -21,10 +23,15 @@ aten = torch.ops.aten
 class Recorded:
     """Behaves as a CUDA graph does: capturing changes nothing, replaying reads and writes fixed addresses."""
 
-    def __init__(self, state: Sequence[torch.Tensor]) -> None:
+    def __init__(self, state: Sequence[torch.Tensor] = (), pause: float = 0.0) -> None:
         self.state = state  # what the program writes
+        self.pause = pause  # seconds from a replay's launch to its work
         self.captures = 0
         self.replays = 0
+        self.current: int | None = 0
+
+    def stream(self) -> int | None:
+        return self.current
 
     def capture(self, run: Callable[[], Values]) -> tuple[Callable[[], None], Values]:
         self.captures += 1
@@ -35,9 +42,11 @@ class Recorded:
 
         def replay() -> None:
             self.replays += 1
-            for result, new in zip(results, run(), strict=True):
-                if result is not new:
-                    result.copy_(new)  # type: ignore[attr-defined]  # a tensor
+            time.sleep(self.pause)
+            with torch.inference_mode():  # CUDA knows no modes
+                for result, new in zip(results, run(), strict=True):
+                    if result is not new:
+                        result.copy_(new)  # type: ignore[attr-defined]  # a tensor
 
         return replay, results
 
@@ -135,7 +144,7 @@ def test_other_caches_have_graphs_of_their_own_up_to_a_bound() -> None:
 
 
 def test_a_failed_capture_warns_once_and_runs_plainly() -> None:
-    class Broken:
+    class Broken(Recorded):
         def capture(self, run: Callable[[], Values]) -> tuple[Callable[[], None], Values]:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
@@ -150,6 +159,72 @@ def test_a_failed_capture_warns_once_and_runs_plainly() -> None:
     assert torch.equal(cache, before + 3) and replay.failed is not None
 
 
+def doubled(*shape: int) -> Replay:
+    """x -> (2 * x, x), replayed."""
+    build = Builder()
+    x = build.input("x", *shape)
+    gm = build.done(build.call(aten.mul.Tensor, x, 2), x)
+    return Replay(gm, roles(gm.graph), Recorded())
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (4, 1), (1, 1)], ids=str)
+def test_an_expanded_input_is_copied_once(shape: tuple[int, int]) -> None:
+    replay = doubled(4, 3)
+    for step in range(4):
+        given = torch.randn(shape).add(step).expand(4, 3)
+        two, same = replay(given)  # type: ignore[misc]  # a tuple
+        assert torch.equal(two, 2 * given) and same is given
+    assert replay.failed is None and replay.graphs.replays == 3  # type: ignore[attr-defined]  # a Recorded
+
+
+def test_the_first_run_is_on_buffers_as_those_that_are_captured() -> None:
+    """Kernels are compiled for the alignment of what they read, and a capture must compile nothing."""
+    seen: list[int] = []
+    replay = doubled(4)
+    run = replay.run
+    replay.run = lambda x: seen.append(x.data_ptr() % 16) or run(x)  # type: ignore[func-returns-value]  # a list's
+    for _ in range(2):
+        given = torch.arange(5.0)[1:]
+        assert given.data_ptr() % 16 == 4
+        two, same = replay(given)  # type: ignore[misc]  # a tuple
+        assert torch.equal(two, 2 * given) and same is given
+    assert set(seen) == {0}
+
+
+def test_threads_do_not_overwrite_each_others_inputs() -> None:
+    replay = doubled(4)
+    replay.graphs.pause = 0.002  # type: ignore[attr-defined]  # a Recorded
+    inputs = [torch.full((4,), float(i)) for i in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(replay, inputs * 4))
+    for given, (two, _) in zip(inputs * 4, found, strict=True):  # type: ignore[misc]  # tuples
+        assert torch.equal(two, 2 * given)
+
+
+def test_each_stream_has_a_graph_of_its_own_and_none_is_made_inside_another() -> None:
+    replay = doubled(4)
+    graphs, x = replay.graphs, torch.ones(4)
+    assert isinstance(graphs, Recorded)
+    for stream in (0, 1):
+        graphs.current = stream
+        for _ in range(3):
+            replay(x)
+    assert (graphs.captures, graphs.replays) == (2, 4)
+    graphs.current = None
+    two, same = replay(x)  # type: ignore[misc]  # a tuple
+    assert torch.equal(two, 2 * x) and same is x and graphs.replays == 4
+
+
+def test_buffers_made_under_inference_mode_serve_outside_of_it() -> None:
+    replay, x = doubled(4), torch.ones(4)
+    with torch.inference_mode():
+        for _ in range(2):
+            replay(x)
+    with torch.no_grad():
+        two, _ = replay(3 * x)  # type: ignore[misc]  # a tuple
+    assert torch.equal(two, 6 * x)
+
+
 def test_what_cannot_be_replayed_says_why() -> None:
     assert replayable(program().graph) == "input x is on the CPU"
     build = Builder()
@@ -157,3 +232,17 @@ def test_what_cannot_be_replayed_says_why() -> None:
     gm = build.done(build.call(aten.rand_like.default, x))
     x.meta["val"] = torch.empty(2, 3, device="meta")
     assert replayable(gm.graph) == "rand_like_default is random"
+
+
+def test_devices_decide_what_is_replayed() -> None:
+    gm = program(WeightStore())
+    x, cache, w = g.placeholders(gm.graph)
+    with torch_private.new_fake_mode():
+        for node in (x, cache):
+            g.set_val(node, torch.empty(g.shape(node), device="cuda:0"))
+        assert replayable(gm.graph) is None, "a weight on the CPU that is only prepared"
+        with gm.graph.inserting_before(g.output_node(gm.graph)):
+            gm.graph.call_function(aten.mul.Tensor, (x, w))
+        assert replayable(gm.graph) == "weight w is on the CPU"
+        g.set_val(w, torch.empty(g.shape(w), device="cuda:1"))
+    assert replayable(gm.graph) == "inputs are on cuda:0 and cuda:1"
