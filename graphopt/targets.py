@@ -67,10 +67,11 @@ def target_named(name: str) -> Target:
 
 @functools.cache
 def target_of(device: torch.device) -> str:
-    """The name of the target that serves a device: the newest one that is not newer than it.
+    """The name of the target that serves a device: the newest one that is not newer, nor holds more.
 
-    A Triton kernel is compiled for the device itself; the target chooses configurations. Raises OptionError
-    for a device that none serves.
+    A Triton kernel is compiled for the device itself; the target chooses configurations, which must find room
+    in its shared memory (capabilities 8.6, 8.9 and 12.0 have 101376 bytes). Raises OptionError for a device
+    that none serves.
     """
     if device.type == "cpu":
         return CPU
@@ -82,8 +83,12 @@ def target_of(device: torch.device) -> str:
         if name not in TARGETS:
             raise OptionError(f"device {device} is {name}; targets are {', '.join(NAMES)}")
         return name
-    major, minor = torch.cuda.get_device_capability(device)
-    served = [t for t in TARGETS.values() if 0 < t.capability <= major * 10 + minor]
+    found = torch.cuda.get_device_properties(device)
+    served = [t for t in TARGETS.values() if 0 < t.capability <= found.major * 10 + found.minor]
     if not served:
-        raise OptionError(f"device {device} has compute capability {major}.{minor} < 8.0, the least served")
-    return max(served, key=lambda t: t.capability).name
+        capability = f"{found.major}.{found.minor}"
+        raise OptionError(f"device {device} has compute capability {capability} < 8.0, the least served")
+    least, room = min(t.shared_memory for t in served), found.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in its stub
+    if room < least:
+        raise OptionError(f"device {device} has {room} bytes of shared memory < {least}, the least served")
+    return max((t for t in served if t.shared_memory <= room), key=lambda t: t.capability).name

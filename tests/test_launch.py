@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton
@@ -11,9 +13,10 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from graphopt import torch_private
+from graphopt.errors import OptionError
 from graphopt.launch import configured_for, current_target, described, launch, recording
 from graphopt.recorded import launches_of
-from graphopt.targets import TARGETS
+from graphopt.targets import TARGETS, target_of
 from tests import sample_kernels
 
 HOPPER, AMD = TARGETS["cuda:90"], TARGETS["hip:gfx942"]
@@ -133,3 +136,36 @@ def test_recording_ends_where_it_began() -> None:
     with pytest.raises(ZeroDivisionError), recording(AMD):
         raise ZeroDivisionError
     assert current_target(X).name == "cuda:90"
+
+
+def device_with(monkeypatch: pytest.MonkeyPatch, major: int, minor: int, shared: int) -> torch.device:
+    found = SimpleNamespace(major=major, minor=minor, shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    return torch.device("cuda:7")
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared", "target"),
+    [((8, 0), 166912, "cuda:80"), ((9, 0), 232448, "cuda:90"), ((10, 3), 232448, "cuda:100")],
+)
+def test_the_newest_target_that_a_device_can_run_serves_it(
+    capability: tuple[int, int], shared: int, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert target_of.__wrapped__(device_with(monkeypatch, *capability, shared)) == target
+    assert target_of.__wrapped__(device_with(monkeypatch, 12, 0, 166912)) == "cuda:80"
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared", "reason"),
+    [
+        ((7, 0), 98304, "has compute capability 7.0 < 8.0, the least served"),
+        ((8, 9), 101376, "has 101376 bytes of shared memory < 166912, the least served"),
+        ((12, 0), 101376, "has 101376 bytes of shared memory < 166912, the least served"),
+    ],
+)
+def test_a_device_that_no_target_serves_is_an_error(
+    capability: tuple[int, int], shared: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OptionError, match=f"device cuda:7 {reason}"):
+        target_of.__wrapped__(device_with(monkeypatch, *capability, shared))
