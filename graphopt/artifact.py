@@ -5,6 +5,8 @@ Each block of memory is stored once; weights and prepared forms say which part o
 
     "weights":  {"q": {"block": "prepared:0", "shape": [4, 8], "stride": [8, 1], "offset": 0, ...}, ...}
     "prepared": [{"plan": "40e5...", "sources": ["q", "k", "v"], "value": {"block": "prepared:0", ...}}]
+
+Processes that share the weights (`shard`) have their parts in directories of their own inside: `rank0of2`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +32,7 @@ from graphopt.api import optimize
 from graphopt.errors import ArtifactError, WeightError
 from graphopt.options import Options
 from graphopt.ownership import is_stand_in
+from graphopt.runtime.ranks import Mesh, mesh_of
 from graphopt.weights import ANY, PreparePlan
 
 M = TypeVar("M", bound=nn.Module)
@@ -64,7 +68,8 @@ class Place:
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write an optimized model's weights (as they are, prepared or not yet) and its options.
 
-    What stood in the directory before is replaced at once when all is written, or not at all.
+    What stood in the directory before is replaced at once when all is written, or not at all. Each of several
+    processes writes its part, all with the same directory.
 
     Raises:
         WeightError: the model is not optimized.
@@ -73,6 +78,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     owned = backend.STORE.owners.of(model)
     if owned is None:
         raise WeightError("the model is not optimized: call graphopt.optimize(model) before graphopt.save")
+    mesh = mesh_of(owned.options.shard)
     named = dict(_named(model))
     name_of = {id(x): name for name, x in reversed(named.items())}
     held = [
@@ -95,6 +101,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         "version": VERSION,
         "options": {k: v for k, v in dataclasses.asdict(owned.options).items() if v != default[k]},
         "release": owned.release,
+        "rank": mesh.rank if mesh else 0,
         "config": _config(model),
         "stay": sorted(n for n, x in named.items() if isinstance(x, nn.Parameter) and x not in mine),
         "weights": {name: dataclasses.asdict({**places, **released}[name]) for name in sorted(named)},
@@ -103,7 +110,30 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             for i, (names, entry) in enumerate(held)
         ],
     }
-    _write(Path(directory), manifest, blocks)
+    _write(_home(Path(directory), mesh), manifest, blocks)
+    _clear(Path(directory), 1 if mesh is None else mesh.world)
+
+
+def _home(directory: Path, mesh: Mesh | None) -> Path:
+    """Where a process has its part."""
+    return directory if mesh is None else directory / f"rank{mesh.rank}of{mesh.world}"
+
+
+def _parts(directory: Path) -> dict[Path, int]:
+    """Where something is saved, and by how many processes."""
+    found = {directory: 1}
+    for part in directory.glob("rank*of*"):
+        if name := re.fullmatch(r"rank\d+of(\d+)", part.name):
+            found[part] = int(name[1])
+    return {part: world for part, world in found.items() if (part / MANIFEST).exists()}
+
+
+def _clear(directory: Path, world: int) -> None:
+    """Take away what another number of processes has saved there before."""
+    for part, other in _parts(directory).items():
+        if other != world:
+            for old in (part / MANIFEST, *part.glob("weights-*.safetensors")):
+                old.unlink(missing_ok=True)  # another process may be at it
 
 
 def _lay_out(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Place]]:
@@ -187,11 +217,13 @@ def load(model: M, directory: str | os.PathLike[str]) -> M:
     Raises:
         ArtifactError: the files are damaged or of another version, or the model has other weights; nothing
             is changed then.
+        OptionError: it was saved by another number of processes.
         WeightError: the model is optimized already.
     """
     if backend.STORE.owners.of(model) is not None:
         raise WeightError("the model is optimized already; load into a new one")
-    path = Path(directory)
+    world = max(_parts(Path(directory)).values(), default=1)
+    path = _home(Path(directory), mesh_of(world))
     manifest = _read_manifest(path / MANIFEST)
     file = path / str(manifest["file"])
     stored = tensor_file.read_header(file)
@@ -205,7 +237,7 @@ def load(model: M, directory: str | os.PathLike[str]) -> M:
         _check_prepared(path, places, prepared)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{path / MANIFEST} is damaged ({error!r}); save the model again") from error
-    Options.parse(options)
+    _check_rank(path, manifest, mesh_of(Options.parse(options).shard))
     _check_names(model, places)
     _check_ties(model, places)
     _compare_configs(manifest.get("config"), _config(model))
@@ -233,6 +265,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest.get("file"), str) or "/" in manifest["file"]:
         raise ArtifactError(f"{path} names no file beside it; save the model again")
     return manifest
+
+
+def _check_rank(path: Path, manifest: Mapping[str, object], mesh: Mesh | None) -> None:
+    """Parts of weights are those of this process."""
+    if mesh is not None and manifest.get("rank") != mesh.rank:
+        raise ArtifactError(
+            f"{path} has the weights of rank {manifest.get('rank')} of {mesh.world}, and this is rank "
+            f"{mesh.rank}; load the directory that was given to graphopt.save"
+        )
 
 
 def _check_places(path: Path, stored: Mapping[str, tensor_file.Stored], places: list[Place]) -> None:
