@@ -370,15 +370,18 @@ class Prepared(torch.nn.Module):
     def _require_finite(self, sources: tuple[torch.Tensor, ...], ours: Set[int]) -> None:
         """Look at all weights that are going to be packed before the first of them is released.
 
-        Raises WeightError for NaN and infinity: packing would fail halfway, with other weights gone.
+        Also at those that stay themselves (a tied table). Raises WeightError for NaN and infinity: packing
+        would fail halfway, with other weights gone.
         """
+        if ours.isdisjoint(map(id, sources)):
+            return
         packed: dict[int, str] = {}
         for plan, at in zip(self.plans, self.arguments, strict=True):
             if _packs(plan):
                 packed |= zip(at, plan.names, strict=True)
         for i, name in packed.items():
             source = sources[i]
-            if id(source) not in ours or ownership.is_stand_in(source) or _is_finite(source.detach()):
+            if ownership.is_stand_in(source) or _is_finite(source.detach()):
                 continue
             if source in self.store.owners.released and bool(source.isnan().all()):
                 continue  # a cast of a stand-in: `get` says that it is gone
