@@ -64,7 +64,8 @@ def linear_in_terms(node: fx.Node, haves: Sequence[Layout]) -> bool:
     if g.is_call(node, aten.neg.default):
         return True
     if g.is_call(node, *SUMS):
-        return all(map(g.is_tensor, node.args[:2])) and len(terms) == len(operands)
+        wholes = [x for x in node.args[:2] if not g.is_tensor(x)]  # Python's sum() begins with 0
+        return all(x == 0 for x in wholes) and len(terms) == len(operands)
     if not g.is_call(node, *PRODUCTS) or len(terms) != 1 or node.args[0] is node.args[1]:
         return False
     if any(not isinstance(have, (Partial, Replicated)) for have in haves):
@@ -92,8 +93,7 @@ def matmul(flow: Flow, node: fx.Node) -> Outcome:
         return unknown(flow, node)
     if back == [-1, -2] and isinstance(one, Split):
         flow.split(node, y, ranks[1] - 2, one.segments)
-        copied = any(s.axis.copies(flow.world) > 1 for s in one.segments)
-        return unknown(flow, node) if copied else PARTIAL
+        return PARTIAL if flow.contracts(node, one.segments) else unknown(flow, node)
     if back == [-2, None] or back == [None, -1]:
         have = one if isinstance(one, Split) else two
         assert isinstance(have, Split)

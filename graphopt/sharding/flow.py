@@ -49,6 +49,8 @@ class Flow:
         whole_rows: the rows of packed linears that every rank has, and why.
         cuts: rows at which a linear's output is sliced: it is several outputs side by side.
         summed: values that are summed where they are made.
+        contracted: calls whose results are terms, and the pieces over which they sum; copied: those of which
+            several ranks turned out to have the same piece, which would be counted more than once.
         layouts: what a rank has of each value; wants: what a call needs of an operand, where it differs.
         kept: what attention reads as keys and values, once somebody asked; attended: what these are made of.
         kinds: how each linear and embedding is shared: "column", "row", "vocabulary".
@@ -63,6 +65,8 @@ class Flow:
     whole_rows: dict[fx.Node, dict[int, str]] = field(default_factory=dict)
     cuts: dict[fx.Node, set[int]] = field(default_factory=dict)
     summed: set[fx.Node] = field(default_factory=set)
+    contracted: dict[fx.Node, Segments] = field(default_factory=dict)
+    copied: set[fx.Node] = field(default_factory=set)
     layouts: dict[fx.Node, Outcome] = field(default_factory=dict)
     wants: dict[tuple[fx.Node, fx.Node], Layout] = field(default_factory=dict)
     kinds: dict[fx.Node, str] = field(default_factory=dict)
@@ -98,8 +102,8 @@ class Flow:
     def sweep(self) -> None:
         """One walk over the graph, with what the walks before have learned."""
         if self.parted:  # where sums are taken may be another place now
-            self.summed, self.parted = set(), False
-        self.layouts, self.wants, self.kinds = {}, {}, {}
+            self.summed, self.copied, self.parted = set(), set(), False
+        self.layouts, self.wants, self.kinds, self.contracted = {}, {}, {}, {}
         self.reduced, self.errors, self.changed = set(), [], False
         for node in self.graph.nodes:
             if node in self.weights or node.op in ("placeholder", "get_attr"):
@@ -107,6 +111,9 @@ class Flow:
                 continue
             rule = self.rules.get("output" if node.op == "output" else node.target, self.fallback)
             self.layouts[node] = self.taken(node, rule(self, node))
+        found = {node for node, segments in self.contracted.items() if self.copies(segments)}
+        self.copied |= found  # a later call has cut their features into fewer pieces than there are ranks
+        self.changed = self.changed or bool(found)
 
     def taken(self, node: fx.Node, outcome: Outcome) -> Outcome:
         """A term that something needs summed is summed where it is made, once for all who read it."""
@@ -179,6 +186,17 @@ class Flow:
             self.full(user, operand, "")
         if not isinstance(have, Split):
             self.wants[user, operand] = Split(dim, segments)
+
+    def copies(self, segments: Segments) -> bool:
+        """Whether several ranks have the same piece."""
+        return any(s.axis.copies(self.world) > 1 for s in segments)
+
+    def contracts(self, node: fx.Node, segments: Segments) -> bool:
+        """Whether a call may sum over these pieces, each a rank's alone; the end of the sweep looks again."""
+        if node in self.copied or self.copies(segments):
+            return False
+        self.contracted[node] = segments
+        return True
 
     def own(self, user: fx.Node, operand: fx.Node, dim: int, segments: Segments) -> None:
         """A call needs an operand's part among all, as a cache keeps it."""

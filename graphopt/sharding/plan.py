@@ -15,14 +15,18 @@ STYLES: Mapping[str, str] = {
     "colwise_gather_output": "gathered",
     "rowwise": "row",  # input features; the results are summed
     "rowwise_rep": "row",
+    "rowwise_split_input": "row",
     "embedding_rowwise": "vocabulary",
     "vocabulary": "vocabulary",
     "replicated": "replicated",
     "replicate": "replicated",
     "auto": "auto",
 }
-# Words of Hugging Face's plans for what is decided by data flow here: norms, routers, experts.
-DECIDED_HERE = re.compile(r"sequence_parallel|gather|(local_|packed_|moe_|ep_|grouped_|mla_).*|.*_allreduce")
+# Words of Hugging Face's plans for what is decided by data flow here: norms, routers, experts, sums, and a
+# table shared by columns, whose rows have to be gathered again.
+DECIDED_HERE = re.compile(
+    r"sequence_parallel|gather|embedding_colwise|(local_|packed_|moe_|ep_|grouped_|mla_).*|(.*_)?all_?reduce"
+)
 
 Plan = Mapping[str, str] | Sequence[tuple[str, str]]
 

@@ -87,7 +87,7 @@ def _shared_linear(flow: Flow, node: fx.Node, have: Layout) -> Outcome:
         axis = Axis(columns, {(node, 0, rows)})
         return _row(flow, node, one_segment(axis, columns), columns)
     if isinstance(have, Split) and style in ("auto", "row"):
-        if all(s.axis.copies(flow.world) == 1 for s in have.segments):
+        if flow.contracts(node, have.segments):
             return _row(flow, node, have.segments, columns)
     flow.full(node, x, "its features are copied to several ranks, or the plan wants its reader whole")
     if style == "replicated":

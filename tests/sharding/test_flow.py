@@ -81,6 +81,15 @@ def test_a_shared_expert_and_the_routed_sum_need_one_reduction() -> None:
     assert [reductions(rank) for rank in check(gm, 4)] == [1] * 4
 
 
+def test_a_sum_of_experts_that_begins_with_zero_is_one_reduction() -> None:
+    build = Builder()
+    x = build.input("x", 3, 6)
+    total = build.call(aten.add.Tensor, mlp(build, x, "one", 8), 0)
+    total = build.call(aten.add.Tensor, total, mlp(build, x, "two", 12))
+    gm = build.done(build.call(aten.tanh.default, total))
+    assert [reductions(rank) for rank in check(gm, 2)] == [1, 1]
+
+
 def test_a_term_that_is_read_twice_is_summed_where_it_is_made() -> None:
     build = Builder()
     y = mlp(build, build.input("x", 3, 6), "mlp", 8)
@@ -207,6 +216,23 @@ def test_few_kv_heads_are_copied_to_the_ranks_that_read_them() -> None:
     )
     for rank in check(gm, 4):
         assert weights_of(rank) == [(6, 6), (3, 6), (3, 6), (6, 6)]
+
+
+@pytest.mark.parametrize("reader", ["linear", "matmul"])
+def test_copied_kv_heads_are_no_terms_of_a_sum_that_is_drawn_before_attention(reader: str) -> None:
+    """Only attention tells that keys are two heads: of four ranks two have each, and both would add it."""
+    build = Builder()
+    x = build.input("x", 2, 5, 6)
+    q, k, v = (linear(build, x, f"block.{n}", h * 4, 6) for n, h in (("q", 8), ("k", 2), ("v", 2)))
+    if reader == "linear":
+        early = linear(build, k, "block.extra", 6, 8)
+    else:
+        turned = build.call(aten.permute.default, v, [0, 2, 1])
+        early = build.call(aten.matmul.default, build.call(aten.matmul.default, k, turned), x)
+    y = attention_of(build, heads(build, q, 8, 4), heads(build, k, 2, 4), heads(build, v, 2, 4), 6)
+    gm = build.done(build.call(aten.add.Tensor, y, early))
+    for world in (2, 4):
+        check(gm, world)
 
 
 def test_a_norm_over_all_heads_leaves_q_whole_and_attention_shared() -> None:

@@ -37,6 +37,17 @@ def test_patterns_fit_the_ends_of_names(name: str, style: str) -> None:
     assert Pinned.parse(LIBRARY).style([name], "here") == style
 
 
+def test_all_words_of_the_library_are_known() -> None:
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+    words = list(ALL_PARALLEL_STYLES)
+    assert {"colwise", "rowwise", "all_reduce"}.issubset(words)
+    plan = Pinned.parse({f"a{i}": word for i, word in enumerate(words)})
+    styles = {word: style for word, (_, _, style) in zip(words, plan.rows, strict=True)}
+    assert styles["rowwise_split_input"] == "row" and styles["replicate"] == "replicated"
+    assert styles["all_reduce"] == styles["embedding_colwise"] == styles["packed_colwise"] == "auto"
+
+
 def test_a_plan_may_be_pairs_and_may_be_empty() -> None:
     assert Pinned.parse([("a.b", "rowwise")]).style(["x.a.b.weight"], "") == "row"
     assert Pinned.parse(()).style(["x.weight"], "") == "auto"
