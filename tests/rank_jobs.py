@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -13,16 +16,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import PretrainedConfig
 
 import graphopt
 from graphopt import backend
 from graphopt.errors import GraphoptError
 from graphopt.runtime.ranks import RankError
+from tests import test_combinations
 from tests.models import zoo
 from tests.sharding.models import given, model
 
 TIMEOUT = 60  # seconds that a rank waits for another
+IN_A_BLOCK = re.compile(r"\.(layers?|h)\.\d+\.")
 
 
 def distance(name: str, cache: str, *, release: bool = True, **options: object) -> dict[str, object]:
@@ -37,18 +43,35 @@ def distance(name: str, cache: str, *, release: bool = True, **options: object) 
     far = {k: float((found[k] - want[k]).abs().max()) for k in want if k.startswith("logits")}
     same = all(bool((found[k].argmax(-1) == want[k].argmax(-1)).all()) for k in far)
     counts = [(r.counts.get("all_reduce"), r.counts.get("all_gather")) for r in backend.reports()]
-    return {"far": max(far.values()), "same_tokens": same, "counts": counts}
+    report = backend.reports()[-1]
+    return {
+        "far": max(far.values()), "same_tokens": same, "counts": counts,
+        "blocks": block_bytes(built, optimized), "model": report.sharded_bytes,
+        "told": next(row.strip() for row in str(report).splitlines() if "on this rank" in row),
+    }  # fmt: skip
+
+
+def block_bytes(whole: nn.Module, optimized: nn.Module) -> dict[str, int]:
+    """The bytes of attention's and the MLP's matrices, those of keys and values, and what this rank holds."""
+    given = {n: p for n, p in whole.named_parameters() if p.dim() == 2 and IN_A_BLOCK.search(n)}
+    names = {id(p): n for n, p in optimized.named_parameters() if n in given}
+    left, held = set(given), 0
+    for sources, entry in backend.STORE.entries():
+        if all(id(x) in names for x in sources):
+            left -= {names[id(x)] for x in sources}
+            held += entry.value.nbytes
+    keys_and_values = [p.nbytes for n, p in given.items() if n.split(".")[-2] in ("k_proj", "v_proj")]
+    return {
+        "whole": sum(p.nbytes for p in given.values()),
+        "keys and values": sum(keys_and_values),
+        "held": held + sum(given[n].nbytes for n in left),
+    }
 
 
 def logits(world: int) -> object:
     """All families, without a cache."""
     names = ("llama", "qwen3", "gemma2", "gpt2", "bert")
     return {name: distance(name, "none", shard=world, release=name != "bert") for name in names}
-
-
-def llama(world: int) -> object:
-    """One family, whose two kv heads four ranks share."""
-    return distance("llama", "none", shard=world)
 
 
 def caches(world: int) -> object:
@@ -87,6 +110,25 @@ def generated(world: int) -> object:
             m.generate(ids, max_new_tokens=6, do_sample=False).tolist()  # type: ignore[operator]  # a method
             for m in (built, optimized)
         ]
+
+
+def saved(world: int) -> object:
+    """In int8, saved by all ranks into one directory and loaded: how far logits are, and what is prepared."""
+    torch.compiler.reset()
+    built = test_combinations.model("llama")
+    inputs = zoo.inputs(built, zoo.Case())
+    want = test_combinations.fake_quantized(built)(**inputs).logits
+    ours = graphopt.optimize(copy.deepcopy(built), shard=world, quantize="int8", strict=True)
+    far = [float((ours(**inputs).logits - want).abs().max())]
+    where = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(where)
+    graphopt.save(ours, where[0])
+    before = backend.STORE.prepared
+    loaded = graphopt.load(built, where[0])
+    far.append(float((loaded(**inputs).logits - want).abs().max()))
+    dist.barrier()
+    shutil.rmtree(where[0], ignore_errors=True)
+    return {"far": max(far), "prepared": backend.STORE.prepared - before}
 
 
 def another_world(world: int) -> object:
@@ -139,7 +181,7 @@ def message(call: Callable[[], object]) -> str:
 JOBS: Mapping[str, Callable[[int], object]] = {
     job.__name__: job
     for job in (
-        logits, llama, caches, compiled, planned, generated, another_world, other_options,
+        logits, caches, compiled, planned, generated, saved, another_world, other_options,
         does_not_divide, left_alone,
     )
 }  # fmt: skip
