@@ -1,7 +1,8 @@
-"""The command `graphopt`: explain a model, compile it, show what a pass changed, run the demo."""
+"""The command `graphopt`: explain a model, compile it, show changes, find what breaks it, run the demo."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,7 @@ from graphopt.errors import GraphoptError, OptionError
 from graphopt.options import Options
 from graphopt.question import ALL
 from graphopt.targets import CPU, NAMES, TARGETS, target_named
+from graphopt.tools.culprits import MOST
 from graphopt.tools.diff import GraphDiff, diff
 from graphopt.tools.explain import explain, road, stages
 from graphopt.tools.models import Example, choice, load
@@ -121,6 +123,54 @@ def diff_command(
             Console().print(found, soft_wrap=True)
         else:
             typer.echo(str(found))
+
+    _or_error(run)
+
+
+@app.command("bisect")
+def bisect_command_line(
+    model: Annotated[
+        str | None, typer.Argument(help="As for `explain`; weights are needed. Or give --command.")
+    ] = None,
+    command: Annotated[
+        str | None, typer.Option(help="A command instead: what makes its exit status another than 0.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest difference that is right; without it, the accuracy rule.")
+    ] = None,
+    most: Annotated[int, typer.Option(min=1, help="How many runs it may take.")] = MOST,
+    timeout: Annotated[float | None, typer.Option(help="Seconds for one run of the command.")] = None,
+    batch: Batch = 2,
+    length: Length = 7,
+    dtype: Dtype = "float32",
+    cache: Cache = "none",
+    decode: Decode = False,
+    quantize: Bits = None,
+    json: AsJson = False,
+) -> None:
+    """Find the smallest set of rewrites that breaks a model or a command, and print each as functions.
+
+    The exit status is 0 where nothing is broken, 1 where the culprits were found, 2 where there is no answer.
+    """
+    from graphopt.tools.bisect import Bisection, bisect
+    from graphopt.tools.bisect_command import bisect_command
+
+    def found() -> Bisection:
+        if (model is None) == (command is None):
+            raise OptionError("give a model or a --command, one of them")
+        if command is not None:
+            return bisect_command(shlex.split(command), most=most, timeout=timeout)
+        example = load(str(model), batch=batch, length=length, dtype=dtype, cache=cache, decode=decode)
+        options = {"quantize": quantize}
+        return bisect(
+            example.model, example.args, example.kwargs, options=options, tolerance=tolerance, most=most
+        )
+
+    def run() -> None:
+        told = found()
+        typer.echo(told.to_json(indent=2) if json else str(told))
+        if told.culprits:
+            raise typer.Exit(1)
 
     _or_error(run)
 
