@@ -132,6 +132,8 @@ class _Attempt:
         if self.solve(((a, x), ((b, y), rest)), done):
             return True
         self.unifier.undo(mark)
+        if cannot_be(a, y) or cannot_be(b, x):  # the other order says nothing: the first one's miss does
+            return False
         return self.solve(((a, y), ((b, x), rest)), done)
 
     def other_outputs(self, index: int) -> bool:

@@ -25,6 +25,11 @@ class Steering:
     kernels: frozenset[tuple[str, str]] = frozenset()
     observers: tuple[Observer, ...] = ()
 
+    @property
+    def takes(self) -> bool:
+        """Whether it takes anything away."""
+        return bool(self.deny or self.skip or self.kernels)
+
     def steer(self, road: Pipeline, ctx: Context) -> tuple[Pipeline, Context]:
         """The pipeline and context to run instead; those that are given stay as they are.
 

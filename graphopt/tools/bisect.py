@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,7 +122,8 @@ def bisect(
     if found is None:
         return Bisection()
     shower = Shower(frozenset(r.key for r in found.culprits))
-    subject.compiled(found.steering, shower)
+    with contextlib.suppress(Exception):  # what raises was found to be broken so, and has no after
+        subject.compiled(found.steering, shower)
     return bisection(found, shower.found)
 
 
@@ -133,7 +135,8 @@ def bisection(found: Found, functions: Mapping[str, Functions]) -> Bisection:
 
 def culprit(rewrite: Rewrite, functions: Functions) -> Culprit:
     """A rewrite and its two functions."""
-    return Culprit(**asdict(rewrite), before=functions.before, after=functions.after)
+    about = {k: v for k, v in asdict(rewrite).items() if k != "needs"}
+    return Culprit(**about, before=functions.before, after=functions.after)
 
 
 def flat_call(
@@ -203,7 +206,6 @@ class _Subject:
         )
         road: Pipeline = defaults.pipeline(self.options, device=device)
         context: Context = defaults.context(self.options, device=device, observers=observers)
-        context.strict = False
         road, context = steering.steer(road, context)
         return road.run(self.program, context)[0]
 

@@ -101,7 +101,7 @@ class _Command:
         for entry in self.told():
             recorder.passes.update(dict.fromkeys(entry.get("passes", ())))
             for fields in entry.get("rewrites", ()):
-                recorder.keep(Rewrite(**fields))
+                recorder.keep(Rewrite(**{**fields, "needs": tuple(fields["needs"])}))
         broken = None if status == 0 else f"exit status {status}" + (f" ({said})" if said else "")
         return Trial(broken, tuple(recorder.rewrites.values()), tuple(recorder.passes))
 

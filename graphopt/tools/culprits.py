@@ -41,6 +41,7 @@ class Rewrite:
     match: str = ""  # the match's stable id
     module_path: str = ""
     source: str = ""
+    needs: tuple[str, ...] = ()  # keys of the matches whose results it rewrites
 
     @property
     def key(self) -> str:
@@ -77,15 +78,19 @@ class Recorder:
         self.passes: dict[str, None] = {}
         self.rewrites: dict[str, Rewrite] = {}
         self._pass = ""
+        self._made: dict[str, str] = {}  # node -> the match that made it, of the graph at hand
 
     def on_event(self, event: Event) -> None:
         """Keep it."""
         if isinstance(event, PassStarted):
             self._pass = event.name
+            self._made = {} if event.index == 0 else self._made
             self.passes[event.name] = None
         elif isinstance(event, Matched):
             m = event.match
-            self.keep(Rewrite(self._pass, m.rule, m.id, m.module_path, m.source))
+            needs = dict.fromkeys(self._made[name] for name in m.nodes if name in self._made)
+            self._made.update(dict.fromkeys(m.new_nodes, m.id))
+            self.keep(Rewrite(self._pass, m.rule, m.id, m.module_path, m.source, tuple(needs)))
         elif isinstance(event, KernelChosen) and event.kernel != REFERENCE:
             self.keep(Rewrite(self._pass, f"{event.op}/{event.kernel}"))
 
@@ -135,25 +140,16 @@ def find(run: Callable[[Steering], Trial], most: int = MOST) -> Found | None:
         )
     passes = search.guilty_passes(whole.passes)
     needed = _closed(passes)
-    inside = search.everything(needed).rewrites
-    atoms = tuple(r for r in inside if r.pass_name in passes)
-    given = tuple(r.key for r in inside if r.pass_name not in passes and r.match)
-    if search.part(needed, given).broken is not None:
-        culprits = tuple(Rewrite(name) for name in passes)
-        return search.found(culprits, (), needed, given, len(whole.rewrites))
-    for _, level in LEVELS:
-        groups: dict[object, list[Rewrite]] = {}
-        for atom in atoms:
-            groups.setdefault(level(atom), []).append(atom)
-
-        def breaks(names: Iterable[object], groups: dict[object, list[Rewrite]] = groups) -> bool:
-            keys = [r.key for name in names for r in groups[name]]
-            return search.part(needed, (*given, *keys)).broken is not None
-
-        atoms = tuple(r for name in ddmin(tuple(groups), breaks) for r in groups[name])
-    needs = search.prerequisites(needed, given, atoms)
-    culprits = tuple(r for r in atoms if r not in needs)
-    return search.found(culprits, needs, needed, (*given, *(r.key for r in atoms)), len(whole.rewrites))
+    atoms = search.everything(needed).rewrites
+    if search.part(needed, ()).broken is not None:
+        return search.found(tuple(Rewrite(name) for name in passes), (), needed, (), len(whole.rewrites))
+    atoms = search.smallest(needed, atoms)
+    while (before := search.before(atoms)) and search.part(needed, before).broken is not None:
+        atoms = search.smallest(needed, tuple(r for r in search.known.values() if r.key in before))
+    inside = search.prerequisites(needed, atoms)
+    needs = (*(search.known[key] for key in search.before(atoms)), *inside)
+    culprits = tuple(r for r in atoms if r not in inside)
+    return search.found(culprits, needs, needed, [r.key for r in atoms], len(whole.rewrites))
 
 
 def _closed(passes: Iterable[str]) -> tuple[str, ...]:
@@ -187,7 +183,8 @@ class _Search:
         return self.trials[key]
 
     def part(self, passes: Sequence[str], chosen: Collection[str]) -> Trial:
-        """Of what these passes do, the chosen matches and kernels alone."""
+        """Of what these passes do, the chosen matches and kernels alone, and what the matches rewrite."""
+        chosen = self.closed(chosen)
         key = frozenset(passes), frozenset(chosen)
         for _ in range(ROUNDS if key not in self.trials else 0):
             trial = self.trials[key] = self.once(self.steering(passes, chosen))
@@ -195,13 +192,44 @@ class _Search:
                 break
         return self.trials[key]
 
+    def before(self, rewrites: Iterable[Rewrite]) -> tuple[str, ...]:
+        """The matches whose results these rewrite, and those before them, without these."""
+        given = {r.key: r for r in rewrites}
+        found: dict[str, None] = {}
+        todo = [key for r in given.values() for key in r.needs]
+        while todo:
+            key = todo.pop()
+            if key not in found and key not in given and key in self.known:
+                found[key] = None
+                todo += self.known[key].needs
+        return tuple(key for key in self.known if key in found)
+
+    def closed(self, chosen: Collection[str]) -> set[str]:
+        """The chosen, with the matches whose results they rewrite."""
+        return {*chosen, *self.before([self.known[key] for key in chosen if key in self.known])}
+
+    def smallest(self, passes: Sequence[str], atoms: tuple[Rewrite, ...]) -> tuple[Rewrite, ...]:
+        """Of some rewrites, of which all together break, the smallest part that does: level by level."""
+        for _, level in LEVELS:
+            groups: dict[object, list[Rewrite]] = {}
+            for atom in atoms:
+                groups.setdefault(level(atom), []).append(atom)
+
+            def breaks(names: Iterable[object], groups: dict[object, list[Rewrite]] = groups) -> bool:
+                return self.part(passes, [r.key for n in names for r in groups[n]]).broken is not None
+
+            atoms = tuple(r for name in ddmin(tuple(groups), breaks) for r in groups[name])
+        return atoms
+
     def once(self, steering: Steering) -> Trial:
         """One run. Raises BisectError above `most`."""
         self.runs += 1
         if self.runs > self.most:
             raise BisectError(f"no answer after {self.most} runs; allow more")
         trial = self.run(steering)
-        self.known.update((r.key, r) for r in trial.rewrites if r.match)
+        for r in trial.rewrites:
+            if r.match:
+                self.known.setdefault(r.key, r)
         return trial
 
     def steering(self, passes: Sequence[str] | None, chosen: Collection[str] | None) -> Steering:
@@ -209,8 +237,9 @@ class _Search:
         skip = frozenset() if passes is None else frozenset(PASSES) - set(passes)
         if chosen is None:
             return Steering(skip=skip)
+        chosen = self.closed(chosen)
         kernels = {(k.op, k.name) for k in defaults.KERNELS if f"{k.op}/{k.name}" not in chosen}
-        return Steering(frozenset(self.known.keys() - set(chosen)), skip, frozenset(kernels))
+        return Steering(frozenset(self.known.keys() - chosen), skip, frozenset(kernels))
 
     def again(self, passes: Sequence[str] | None, chosen: Collection[str] | None, before: Trial) -> Trial:
         """The same run once more. Raises BisectError where it has another result."""
@@ -223,23 +252,30 @@ class _Search:
         return after
 
     def guilty_passes(self, order: Sequence[str]) -> tuple[str, ...]:
-        """The smallest set of passes that breaks, with those that they require."""
-        left = tuple(order)
-        while True:
-            left = ddmin(left, lambda part: self.everything(_closed(part)).broken is not None)
-            before = tuple(name for name in _closed(left) if name not in left)
-            if not before or self.everything(before).broken is None:
-                return left
-            left = before  # what they require is enough
+        """The smallest set of passes that breaks, with those that they require.
 
-    def prerequisites(
-        self, passes: Sequence[str], given: Sequence[str], atoms: Sequence[Rewrite]
-    ) -> tuple[Rewrite, ...]:
+        A pass that is there only for what it requires is replaced by that.
+        """
+        left = ddmin(tuple(order), self.broken)
+        while True:
+            others = (
+                tuple(n for n in order if n != name and (n in left or n in _closed((name,)))) for name in left
+            )
+            less = next((part for part in others if part and self.broken(part)), None)
+            if less is None:
+                return left
+            left = ddmin(less, self.broken)
+
+    def broken(self, passes: Sequence[str]) -> bool:
+        """Whether all that these passes do, with those that they require, is broken."""
+        return self.everything(_closed(passes)).broken is not None
+
+    def prerequisites(self, passes: Sequence[str], atoms: Sequence[Rewrite]) -> tuple[Rewrite, ...]:
         """Rewrites without which another of them is not made: it rewrites what they made."""
         needs = []
         for atom in atoms if len(atoms) > 1 else ():
             others = {r.key for r in atoms if r is not atom}
-            without = self.part(passes, (*given, *(r.key for r in atoms if r is not atom)))
+            without = self.part(passes, others)
             if not others <= {r.key for r in without.rewrites}:
                 needs.append(atom)
         return tuple(needs)
