@@ -48,8 +48,8 @@ class Culprit:
 
     def __str__(self) -> str:
         what = f"{self.rule} in {self.module_path or 'the graph'}" if self.match else self.rule or "the pass"
-        lines = [f"{what} (pass {self.pass_name})" + (f"  [{self.match}]" if self.match else "")]
-        lines += [f"  {self.source}"] if self.source else []
+        lines = [f"# {what} (pass {self.pass_name})" + (f"  [{self.match}]" if self.match else "")]
+        lines += [f"# {self.source}"] if self.source else []
         return "\n".join([*lines, "", _cut(self.before), "", _cut(self.after)])
 
 
@@ -83,7 +83,7 @@ class Bisection:
         )
         lines = [f"broken by {together}, of {self.candidates}, after {self.runs} runs: {self.broken}"]
         lines += [f"needs {name}" for name in self.needs]
-        return "\n".join([*lines, "", PREAMBLE, *(f"# {c}\n" for c in self.culprits)])
+        return "\n".join([*lines, "", PREAMBLE, *(f"{c}\n" for c in self.culprits)])
 
 
 def bisect(
