@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from graphopt.passes.shard import Shard
     from graphopt.pipeline import Pipeline
     from graphopt.report import Report
+    from graphopt.tools.bisect import bisect
     from graphopt.tools.compile import compile_for
     from graphopt.tools.diff import diff
     from graphopt.tools.explain import explain
@@ -42,6 +43,7 @@ _HOMES = {
     "Recognise": "graphopt.passes.recognise",
     "Report": "graphopt.report",
     "Shard": "graphopt.passes.shard",
+    "bisect": "graphopt.tools.bisect",
     "compile_for": "graphopt.tools.compile",
     "diff": "graphopt.tools.diff",
     "disable": "graphopt.api",
@@ -65,6 +67,7 @@ __all__ = [
     "Recognise",
     "Report",
     "Shard",
+    "bisect",
     "capture",
     "compile_for",
     "diff",

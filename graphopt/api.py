@@ -119,7 +119,7 @@ def own(model: torch.nn.Module, owned: Owned) -> None:
 
 def _forms(owned: Owned) -> Options:
     """The options that may have an effect on prepared weights."""
-    return dataclasses.replace(owned.options, strict=False)
+    return dataclasses.replace(owned.options, strict=False, expect=())
 
 
 def _without_moving_weights(guards: Sequence[_Guard]) -> list[bool]:

@@ -25,12 +25,14 @@ from graphopt.errors import (
     StrictError,
     WeightError,
 )
+from graphopt.expect import check_expected
 from graphopt.journal import from_environment
 from graphopt.observe import Observer, Warned, emit
 from graphopt.options import Options
 from graphopt.passes.shard import HELD, PLAN_HASH
 from graphopt.report import Report
 from graphopt.runtime.ranks import Ranked, RankError, digest, mesh_of
+from graphopt.steering import Steering
 from graphopt.weights import Prepared, WeightStore, prepared_weights
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ log = logging.getLogger(__name__)
 STORE = WeightStore()
 
 _reports: deque[Report] = deque(maxlen=512)
+
+_steering = Steering()  # process-wide, as `enable` is: `graphopt bisect` sets it in the processes it starts
 
 
 def graphopt(
@@ -60,6 +64,7 @@ def graphopt(
     Raises:
         OptionError: an unknown option or value.
         StrictError: under `strict`, where it would otherwise fall back.
+        ExpectError: fewer operators were recognised than `expect` says.
     """
     if kwargs:
         raise OptionError(f"graphopt takes no argument {next(iter(kwargs))!r}; pass options={{...}}")
@@ -94,6 +99,12 @@ def reports() -> tuple[Report, ...]:
 def clear_reports() -> None:
     """Forget the reports so far."""
     _reports.clear()
+
+
+def steer(steering: Steering) -> None:
+    """Take rewrites away from every later compilation of this process; `Steering()` gives them back."""
+    global _steering
+    _steering = steering
 
 
 @dataclass
@@ -182,6 +193,7 @@ def _build(
             ctx.replay = ctx.replay and mesh is None  # a rank that replays alone would hang the others
             with within(None):  # what is run and traced on the way has its casts in the graph
                 road = pipeline(options, device=device, rank=mesh.rank if mesh else 0)
+                road, ctx = _steering.steer(road, ctx)
                 program, report = road.run(captured, ctx)
         except OptionError:
             raise  # an option that this program cannot have: the user has to know, not to get another program
@@ -191,6 +203,8 @@ def _build(
             failure, report.fallback = error, _described(error)
             log.debug("compilation failed", exc_info=True)
     _reports.append(report)
+    if not _steering.takes:
+        check_expected(report, options.expect)
     if program is None:
         return _without_us(gm, examples, options, report, failure, observers, fall_back)
     _note_recompile_limit(report, observers)

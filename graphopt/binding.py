@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from graphopt import graph as g
+from graphopt.listing import describe, short_dtype
 from graphopt.rule import Carried, Parameter, Part, Symbolic
 from graphopt.torch_private import OpOverload
 
@@ -38,18 +39,58 @@ class Binding:
 
 
 class Miss(NamedTuple):
-    """Where an attempt stopped: how many parts had matched, and why the next did not; worded when asked."""
+    """Where an attempt stopped: how many parts had matched, and why the next did not; worded when asked.
+
+    `guard` names what refused a match that was complete: a rule's guard, or a check of every match.
+    """
 
     depth: int
     node: fx.Node
     text: str = ""
     want: object = None
     have: object = None
+    guard: str = ""
 
     @property
     def reason(self) -> str:
         """Why, naming what was expected and what was found."""
         return self.text or f"expected {shown(self.want)}, found {shown(self.have)}"
+
+    @property
+    def expected(self) -> str:
+        """What the pattern has there: `aten.rsqrt`, `weight [n] f32`; empty where a guard refused."""
+        want, _ = self._differing()
+        if self.guard:
+            return ""
+        if self.text and isinstance(want, (str, Symbolic)):  # a name alone says less
+            return self.text
+        return described(want)
+
+    @property
+    def found(self) -> str:
+        """What the model has there: `aten.sqrt (sqrt_3) [2,7,1] f32`; empty where a guard refused."""
+        return "" if self.guard else described(self._differing()[1])
+
+    def _differing(self) -> tuple[object, object]:
+        """Of two calls of one operator, the first operands that differ, or their dtypes."""
+        want, have = self.want, self.have
+        if not isinstance(want, Part) or want.leaf or not g.is_call(have, want.target):
+            return want, have
+        assert isinstance(have, fx.Node)
+        value = g.tensor(have)
+        if want.dtype is not None and value is not None and value.dtype != want.dtype:
+            return want.dtype, have
+        operands = zip(want.args, have.args, strict=False)
+        return next(((a, x) for a, x in operands if cannot_be(a, x)), (want, have))
+
+
+def cannot_be(want: object, have: object) -> bool:
+    """Whether a call of the pattern is plainly another call than the model's."""
+    return (
+        isinstance(want, Part)
+        and not want.leaf
+        and (not isinstance(have, fx.Node) or have.target != want.target)
+    )
 
 
 def evaluate(want: Symbolic, names: Mapping[str, object]) -> object:
@@ -70,7 +111,7 @@ def _compiled(want: Symbolic) -> Callable[..., object]:
 def shown(value: object) -> str:
     """A pattern's or a model's argument in a reason."""
     if isinstance(value, Part):
-        return value.leaf or _target_name(value.target)
+        return value.leaf or target_name(value.target)
     if isinstance(value, fx.Node):
         return f"{g.op_name(value)} ({value.name})"
     if isinstance(value, Symbolic):
@@ -82,5 +123,20 @@ def shown(value: object) -> str:
     return repr(value)
 
 
-def _target_name(target: object) -> str:
+def described(value: object) -> str:
+    """As `shown`, with the dimensions and dtype of a tensor."""
+    if isinstance(value, Part) and value.leaf:
+        dims = ["..."] * value.ellipsis + [_dimension(d) for d in value.shape[2 * value.ellipsis :]]
+        return f"{value.leaf} [{','.join(dims)}]" + (f" {short_dtype(value.dtype)}" if value.dtype else "")
+    if isinstance(value, fx.Node):
+        return f"{shown(value)} {describe(g.val(value))}".rstrip()
+    return short_dtype(value) if isinstance(value, torch.dtype) else shown(value)
+
+
+def _dimension(dim: object) -> str:
+    return "|".join(map(shown, dim)) if isinstance(dim, tuple) else shown(dim)
+
+
+def target_name(target: object) -> str:
+    """An operator in a reason: `aten.mul`."""
     return target._schema.name.replace("::", ".") if isinstance(target, OpOverload) else str(target)

@@ -29,6 +29,14 @@ class ShardError(OptionError):
     """A program that ranks cannot share as asked: sizes that do not divide, a plan that contradicts."""
 
 
+class ExpectError(GraphoptError):
+    """Fewer operators were recognised than `expect` says; what nearly matched is in the message."""
+
+
+class BisectError(GraphoptError):
+    """A bisection that has no answer: nothing breaks, everything does, or the same run has two answers."""
+
+
 class StrictError(GraphoptError):
     """Under `strict=True`: what would otherwise be a warning and a fall-back to the original."""
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import fx
 
-from graphopt.graph import Size, arg, inputs, is_call, op_name, shape, tensor, val
+from graphopt.graph import Size, arg, inputs, is_call, op_name, schema_arguments, shape, tensor, val
 
 # Views, gathers and plumbing: they move or rename data and compute nothing.
 FREE = frozenset(
@@ -67,7 +67,7 @@ def flops(node: fx.Node) -> int:
     name = op_name(node)
     if not is_call(node) or name in FREE:
         return 0
-    if name in HEAVY:
+    if name in HEAVY and schema_arguments(node.target):  # a kernel may have an op's name
         return HEAVY[name](node)
     return PER_ELEMENT.get(name, 1) * _largest(node)
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from graphopt import graph as g
-from graphopt.binding import Binding, Miss
+from graphopt.binding import Binding, Miss, cannot_be
 from graphopt.rule import Part, Variant
 from graphopt.unify import Goals, Unifier
 
@@ -46,11 +46,12 @@ def match(variant: Variant, anchor: fx.Node) -> Binding | Miss:
     binding = attempt.binding
     reason = outside_reader(variant, binding)
     if reason is not None:
-        return Miss(len(binding.nodes), reason[0], reason[1])
+        return Miss(len(binding.nodes), reason[0], reason[1], guard=outside_reader.__name__)
     if variant.rule.guard is not None:
         refused = variant.rule.guard(binding)
         if refused is not None:
-            return Miss(len(binding.nodes), anchor, refused)
+            name = getattr(variant.rule.guard, "__name__", "guard")
+            return Miss(len(binding.nodes), anchor, refused, guard=name)
     return binding
 
 
@@ -122,8 +123,8 @@ class _Attempt:
     def either(self, want: Part, have: fx.Node, rest: Goals, done: int) -> bool:
         """Both orders of two operands."""
         (a, b), (x, y) = want.args[:2], have.args[:2]
-        wrong = (a, x) if _cannot_be(a, x) else (b, y) if _cannot_be(b, y) else None
-        if wrong is not None and (_cannot_be(a, y) or _cannot_be(b, x)):
+        wrong = (a, x) if cannot_be(a, x) else (b, y) if cannot_be(b, y) else None
+        if wrong is not None and (cannot_be(a, y) or cannot_be(b, x)):
             return self.unifier.stop(*wrong, "")
         if wrong is not None:
             return self.solve(((a, y), ((b, x), rest)), done)
@@ -131,6 +132,8 @@ class _Attempt:
         if self.solve(((a, x), ((b, y), rest)), done):
             return True
         self.unifier.undo(mark)
+        if cannot_be(a, y) or cannot_be(b, x):  # the other order says nothing: the first one's miss does
+            return False
         return self.solve(((a, y), ((b, x), rest)), done)
 
     def other_outputs(self, index: int) -> bool:
@@ -183,11 +186,11 @@ def _may_be(part: Part, node: fx.Node) -> bool:
     ):
         return False
     wanted, found = part.args, node.args
-    if not any(_cannot_be(a, x) for a, x in zip(wanted, found, strict=False)):
+    if not any(cannot_be(a, x) for a, x in zip(wanted, found, strict=False)):
         return True
     if part.target not in COMMUTATIVE or len(wanted) < 2 or len(found) < 2:
         return False
-    return not _cannot_be(wanted[0], found[1]) and not _cannot_be(wanted[1], found[0])
+    return not cannot_be(wanted[0], found[1]) and not cannot_be(wanted[1], found[0])
 
 
 def _broadcasts(want: object) -> bool:
@@ -196,12 +199,3 @@ def _broadcasts(want: object) -> bool:
 
 def _swappable(want: Part, have: fx.Node) -> bool:
     return len(want.args) >= 2 and isinstance(have.args[0], fx.Node) and isinstance(have.args[1], fx.Node)
-
-
-def _cannot_be(want: object, have: object) -> bool:
-    """A cheap test that saves a choice point: a call that is plainly another one."""
-    return (
-        isinstance(want, Part)
-        and not want.leaf
-        and (not isinstance(have, fx.Node) or have.target != want.target)
-    )

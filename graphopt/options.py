@@ -9,6 +9,7 @@ from typing import Protocol
 
 from graphopt import targets
 from graphopt.errors import OptionError
+from graphopt.expect import operators
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Options:
             Face's `base_model_tp_plan`; what it leaves open, data flow decides (`graphopt.sharding.plan`).
         quantize: "int8" keeps the linears' weights in 8 bits; None leaves them as they are.
         quantize_group: how many inputs share a scale; it has to divide the inputs of each quantized linear.
+        expect: how often operators have to be recognised at least, as {"attention": 32, "norm": 65}, in each
+            graph that is compiled; fewer are an error before anything runs (`graphopt.expect`).
         quantize_exclude: names of weights or modules that stay as they are, as `lm_head`, `layers.0` or
             `*.down_proj`; see `graphopt.passes.quantize.Quantize`.
     """
@@ -38,6 +41,7 @@ class Options:
     quantize: str | None = None
     quantize_group: int = 64
     quantize_exclude: tuple[str, ...] = ()
+    expect: tuple[tuple[str, int], ...] = ()
 
     @staticmethod
     def parse(given: Mapping[str, object] | None) -> Options:
@@ -137,6 +141,33 @@ def _is_pair(value: object) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, str) for v in value)
 
 
+@dataclass(frozen=True)
+class Counts:
+    """Names of operators and how many of each: a dict, or pairs; none by default."""
+
+    default: tuple[tuple[str, int], ...] = ()
+
+    def read(self, name: str, value: object) -> object:
+        """The pairs as a sorted tuple, which is comparable."""
+        pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+        if not isinstance(pairs, (tuple, list)) or not all(map(_is_count, pairs)):
+            raise OptionError(
+                f"option {name!r} is {value!r}; it takes a dict of whole numbers, as {{'attention': 32}}"
+            )
+        known = operators()
+        wrong = next((op for op, _ in pairs if op not in known), None)
+        if wrong is not None:
+            raise OptionError(f"option {name!r} has no operator {wrong!r}; {_nearest(wrong, known)}")
+        return tuple(sorted((op, number) for op, number in pairs))
+
+
+def _is_count(value: object) -> bool:
+    """Whether a value is a word and a whole number, 0 or more."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        return False
+    return isinstance(value[0], str) and type(value[1]) is int and value[1] >= 0
+
+
 VALUES: Mapping[str, Values] = {
     "strict": OneOf((False, True)),
     "merge": OneOf((True, False)),
@@ -147,6 +178,7 @@ VALUES: Mapping[str, Values] = {
     "quantize": OneOf((None, "int8")),
     "quantize_group": Whole(64),
     "quantize_exclude": Names(),
+    "expect": Counts(),
 }
 
 

@@ -18,6 +18,7 @@ from graphopt.capture import Captured
 from graphopt.errors import GraphoptError, PipelineError, StrictError
 from graphopt.kernel import Kernel
 from graphopt.observe import Event, Matched, Observer, PassEnded, PassStarted, Warned, emit
+from graphopt.question import Question
 from graphopt.report import Report, ReportObserver
 from graphopt.rule import Rule
 from graphopt.runtime.ranks import Mesh
@@ -43,6 +44,7 @@ class Context:
         mesh: the processes that collectives are bound to; without one they stay symbolic.
         deny: ids of matches that must not be applied.
         fuel: how many rewrites may still be applied; None is no bound. Counts down (for bisection).
+        question: whose answer observers are told in full, with misses that are cut otherwise.
     """
 
     store: WeightStore = field(default_factory=WeightStore)
@@ -55,6 +57,7 @@ class Context:
     mesh: Mesh | None = None
     deny: frozenset[str] = frozenset()
     fuel: int | None = None
+    question: Question | None = None
     run: object = None  # set by a lowering: what executes the program instead of the graph module
 
 
@@ -121,7 +124,8 @@ class Pipeline:
         """Run all passes on a copy of the captured graph.
 
         Where more than half of the graph's FLOPs are matrix products, convolutions or attention in ATen's
-        words and the recognising pass matched nothing at all, the report has a warning.
+        words and the recognising pass matched nothing at all, the report has a warning; not if some matches
+        are denied.
 
         Returns:
             the program with the new graph (called like the captured one), and the report.
@@ -150,7 +154,7 @@ class Pipeline:
             after = g.fingerprint(gm.graph)
             emit(inner.observers, PassEnded(step.name, index, gm, after != before, seconds))
             before = after
-            if EXPECTS_MATCHES in step.provides and not tally.matched:
+            if EXPECTS_MATCHES in step.provides and not tally.matched and not ctx.deny:
                 _missed(gm, step, inner)
         report = listener.report
         report.weights_prepared, report.weights_prepared_bytes = _prepared(gm)

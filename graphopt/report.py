@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from torch import fx
@@ -13,7 +13,8 @@ from torch import fx
 from graphopt.flops import unmatched
 from graphopt.graph import SIZE_OPS, is_call, op_name, schema_arguments, tensor
 from graphopt.observe import Event, KernelChosen, Matched, PassEnded, PassStarted, Refused, Warned
-from graphopt.rewrite import Match, Refusal
+from graphopt.question import ALL, Answer, Question, answer
+from graphopt.rewrite import KEPT_MISSES, Match, Refusal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,6 +29,7 @@ QUANTIZED = "quantize"  # the pass whose graph holds packed weights
 SHARDED = "shard"  # the pass that puts collectives into a graph
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
 INT8 = "int8_linear"  # its rule
+KEPT = f"of misses, the report keeps the nearest {KEPT_MISSES} of each pass; graphopt.explain keeps none back"
 SHOWN_KEPT = 3  # of the linears that were not quantized, in the summary
 SHOWN_MISSES = 5  # the summary's; the report keeps the nearest miss of every rule
 
@@ -70,6 +72,8 @@ class Report:
     """How many weights are kept in fewer bits; None where nobody asked for it."""
     quantized_bytes: tuple[int, int] = (0, 0)
     """The bytes of those weights before, and now with their scales."""
+    rerun: Callable[[Question], Answer] | None = field(default=None, repr=False, compare=False)
+    """Looks again at the program with a question; None where the program is gone, as it is in JSON."""
 
     @property
     def unmatched_share(self) -> float:
@@ -78,7 +82,24 @@ class Report:
 
     def to_json(self, indent: int | None = None) -> str:
         """The whole report as JSON; `from_json` reads it back."""
-        return json.dumps(asdict(self), indent=indent)
+        fields = asdict(replace(self, rerun=None))
+        del fields["rerun"]
+        return json.dumps(fields, indent=indent)
+
+    def explain(self, rule: str = ALL, module: str = ALL, node: str = ALL) -> Answer:
+        """What matched, what nearly matched and why not, of rules, modules and nodes (`fnmatch` patterns).
+
+        The report of `graphopt.explain` looks at the program again, so that no miss is too far off to be
+        told. Any other answers from the nearest misses, which it keeps.
+
+        Raises:
+            OptionError: the program has no such rule, module or node (only where it is looked at again).
+        """
+        question = Question(rule, module, node)
+        if self.rerun is not None:
+            return self.rerun(question)
+        known = answer(question, self.matches, self.refusals)
+        return replace(known, notes=(*known.notes, KEPT))
 
     @classmethod
     def from_json(cls, text: str) -> Report:

@@ -16,10 +16,11 @@ from torch import fx
 
 from graphopt import graph as g
 from graphopt import torch_private
-from graphopt.binding import Binding, Miss
+from graphopt.binding import Binding, Miss, target_name
 from graphopt.match import match, outside_reader
 from graphopt.observe import Matched, Observer, Refused, emit
 from graphopt.place import Place, find_place
+from graphopt.question import Question
 from graphopt.replay import Replay
 from graphopt.rule import Canonicalise, Part, Rule, Variant, variants
 from graphopt.rule_trace import needed_targets
@@ -30,6 +31,8 @@ __all__ = ["Match", "Refusal", "Rewriter", "fake_result"]
 
 SWEEP_BOUND = 12  # a rule set that still changes the graph after so many sweeps does not terminate
 KEPT_MISSES = 400  # per run; the report shows the nearest of each rule
+DENIED = "deny"  # the guard of what was taken back
+UNTRIED = "needed operators"  # the guard of a rule that was tried nowhere
 REACH = (
     3  # how far below a match a larger one that contains it may end: a cast, a scale and a bias follow a norm
 )
@@ -49,7 +52,12 @@ class Match:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a rule did not apply at a place; `depth` is how many of its nodes had matched there."""
+    """Why a rule did not apply at a place; `depth` is how many of its nodes had matched there.
+
+    `node` is the first node that differs, with its module path and source line, `reason` all of it in words.
+    `expected` and `found` are what the pattern and the model have there; `guard` is what refused a match that
+    was complete. `anchor` is the node from which the rule was tried, in the module `anchor_path`.
+    """
 
     rule: str
     node: str
@@ -57,11 +65,19 @@ class Refusal:
     source: str
     reason: str
     depth: int
+    expected: str = ""
+    found: str = ""
+    guard: str = ""
+    anchor: str = ""
+    anchor_path: str = ""
 
 
 @dataclass
 class Rewriter:
-    """Applies rules to one graph until nothing changes, telling observers."""
+    """Applies rules to one graph until nothing changes, telling observers.
+
+    With a question, every miss that it is about is kept, however near; without one the nearest of each place.
+    """
 
     gm: fx.GraphModule
     rules: tuple[Rule | Translation, ...]
@@ -69,12 +85,16 @@ class Rewriter:
     observers: tuple[Observer, ...] = ()
     deny: frozenset[str] = frozenset()
     fuel: int | None = None
+    question: Question | None = None
     ids: dict[str, int] = field(default_factory=dict)
+    named: dict[tuple[str, fx.Node], str] = field(default_factory=dict)  # the ids of denied matches
     index: dict[object, list[Variant | Translation]] = field(default_factory=dict)  # by the anchor's operator
     misses: dict[tuple[str, fx.Node], Miss] = field(default_factory=dict)
     denied: dict[tuple[str, fx.Node], Miss] = field(default_factory=dict)
     replay: Replay = field(default_factory=Replay)
     spared: set[fx.Node] = field(default_factory=set)  # what denied matches would replace: no smaller one may
+    told: dict[tuple[str, fx.Node], Refusal] = field(default_factory=dict)  # the answers to the question
+    untried: dict[str, str] = field(default_factory=dict)  # rule -> why it was tried nowhere; "" if it was
 
     def run(self) -> int:
         """Sweep to a fixpoint; returns how many matches were applied. The caller recompiles the module.
@@ -109,7 +129,13 @@ class Rewriter:
         for rule in self.rules:
             if isinstance(rule, Translation):
                 found.setdefault(rule.target, []).append(rule)
-            elif needed_targets(rule, self.canonicalise) <= targets:
+                continue
+            missing = needed_targets(rule, self.canonicalise) - targets
+            if missing:  # of the first sweep: later ones have fewer of torch's operators
+                needed = ", ".join(sorted(map(target_name, missing)))
+                self.untried.setdefault(rule.name, f"no {needed} in the graph")
+            if not missing:
+                self.untried[rule.name] = ""
                 for variant in variants(rule, dtypes, self.canonicalise):
                     found.setdefault(variant.anchor.target, []).append(variant)
         return found
@@ -118,7 +144,8 @@ class Rewriter:
 
     def sweep(self) -> int:
         """Visit every node once, in order, and apply the first rule that matches there."""
-        self.misses.clear()
+        if self.question is None:
+            self.misses.clear()
         changed = 0
         for node in list(self.gm.graph.nodes):
             if self.fuel == 0:
@@ -131,7 +158,8 @@ class Rewriter:
         """Try one candidate at a node; a miss is kept if it came far enough to be worth reading."""
         if isinstance(candidate, Translation):
             return self.translate(candidate, node)
-        found = self.replay.match(candidate, node)
+        # What is replayed names the place that was looked at first.
+        found = self.replay.match(candidate, node) if self.question is None else match(candidate, node)
         if isinstance(found, Miss):
             self.keep_miss(candidate.rule.name, node, found)
             return False
@@ -155,18 +183,32 @@ class Rewriter:
 
     def keep_miss(self, rule: str, node: fx.Node, miss: Miss) -> None:
         """Keep the miss that came furthest at a node."""
-        known = self.misses.get((rule, node))
-        if miss.depth > 1 and (known is None or known.depth < miss.depth):
-            self.misses[rule, node] = miss
+        if miss.depth > 1 or self.question is not None:
+            known = self.misses.get((rule, node))
+            if known is None or known.depth < miss.depth:
+                self.keep(rule, node, miss)
+
+    def keep(self, rule: str, node: fx.Node, miss: Miss) -> None:
+        """Keep a miss; one that is asked about in words at once, because its nodes may soon be gone."""
+        self.misses[rule, node] = miss
+        if self.question is not None:
+            told = refusal(rule, node, miss)
+            if self.question.about_refusal(told):
+                self.told[rule, node] = told
 
     def report_misses(self) -> None:
         """Tell what was denied and the misses of the last sweep, the nearest first."""
+        if self.question is not None:
+            untried = [
+                Refusal(rule, "", "", "", reason, 0, guard=UNTRIED) for rule, reason in self.untried.items()
+            ]
+            for answer in (*self.told.values(), *(r for r in untried if r.reason)):
+                emit(self.observers, Refused(answer))
+            return
         misses = {**self.misses, **self.denied}
         nearest = sorted(misses.items(), key=lambda item: -item[1].depth)[:KEPT_MISSES]
-        for (name, _), miss in nearest:
-            node = miss.node
-            refusal = Refusal(name, node.name, g.module_path(node), g.source(node), miss.reason, miss.depth)
-            emit(self.observers, Refused(refusal))
+        for (name, anchor), miss in nearest:
+            emit(self.observers, Refused(refusal(name, anchor, miss)))
 
     # ---------------------------------------------------------------------------------------------- editing
 
@@ -175,10 +217,11 @@ class Rewriter:
         arguments = translation.arguments(node)
         identity = self.name_match(translation.name, node, [_about(n) for n in node.all_input_nodes])
         if isinstance(arguments, str):
-            self.misses[translation.name, node] = Miss(1, node, arguments)
+            guard = getattr(translation.arguments, "__name__", "arguments")
+            self.keep(translation.name, node, Miss(1, node, arguments, guard=guard))
             return False
         if identity in self.deny:
-            self.denied[translation.name, node] = Miss(1, node, "denied")
+            self.take_back(translation.name, identity, node, 1)
             return False
         args = tuple(arguments.get(a.name, a.default_value) for a in g.schema_arguments(translation.op))
         name = g.base_name(translation.op)
@@ -198,16 +241,17 @@ class Rewriter:
         anchor, rule = outputs[0], variant.rule.name
         identity = self.identify(variant.rule, binding, anchor)
         if identity in self.deny:
-            self.denied[rule, anchor] = Miss(len(binding.nodes), anchor, "denied")
+            self.take_back(rule, identity, anchor, len(binding.nodes))
             self.spared.update(binding.nodes.values())
             return False
         place = find_place(binding, outputs)
-        reason = unsafe(variant, binding)
+        reason, guard = unsafe(variant, binding), unsafe.__name__
         if not self.spared.isdisjoint(binding.nodes.values()):
-            reason = "a part of it belongs to a match that is denied"
-        if isinstance(place, str) or reason:
-            reason = reason or str(place)
-            self.misses[rule, anchor] = Miss(len(binding.nodes), anchor, reason)
+            reason, guard = "a part of it belongs to a match that is denied", DENIED
+        if isinstance(place, str) and not reason:
+            reason, guard = place, find_place.__name__
+        if reason:
+            self.keep(rule, anchor, Miss(len(binding.nodes), anchor, reason, guard=guard))
             return False
         assert isinstance(place, Place)
         for late in place.hoisted:
@@ -238,11 +282,23 @@ class Rewriter:
 
     def applied(self, done: Match) -> None:
         """Tell, count, and burn fuel."""
-        base = done.id.split("~")[0]
-        self.ids[base] = self.ids.get(base, 0) + 1
+        self.count(done.id)
         emit(self.observers, Matched(done))
         if self.fuel is not None:
             self.fuel -= 1
+
+    def take_back(self, rule: str, identity: str, anchor: fx.Node, depth: int) -> None:
+        """Leave a denied match alone: told, and counted once, so that those after it keep their ids."""
+        miss = self.denied[rule, anchor] = Miss(depth, anchor, "denied", guard=DENIED)
+        self.keep(rule, anchor, miss)
+        if (identity.split("~")[0], anchor) not in self.named:
+            self.named[identity.split("~")[0], anchor] = identity
+            self.count(identity)
+
+    def count(self, identity: str) -> None:
+        """One more match of a base id: the next has the next ordinal."""
+        base = identity.split("~")[0]
+        self.ids[base] = self.ids.get(base, 0) + 1
 
     # ------------------------------------------------------------------------------------------------ names
 
@@ -256,11 +312,31 @@ class Rewriter:
         """A match's id from its rule, its place and what is known about it."""
         digest = hashlib.sha1(";".join(about).encode(), usedforsecurity=False).hexdigest()[:6]
         base = f"{rule}@{g.module_path(anchor) or '-'}#{digest}"
+        if (base, anchor) in self.named:
+            return self.named[base, anchor]
         ordinal = self.ids.get(base, 0)
         return f"{base}~{ordinal + 1}" if ordinal else base
 
 
 # -------------------------------------------------------------------------------- what must hold at an edit
+
+
+def refusal(rule: str, anchor: fx.Node, miss: Miss) -> Refusal:
+    """A miss in words."""
+    node = miss.node
+    return Refusal(
+        rule=rule,
+        node=node.name,
+        module_path=g.module_path(node),
+        source=g.source(node),
+        reason=miss.reason,
+        depth=miss.depth,
+        expected=miss.expected,
+        found=miss.found,
+        guard=miss.guard,
+        anchor=anchor.name,
+        anchor_path=g.module_path(anchor),
+    )
 
 
 def unsafe(variant: Variant, binding: Binding) -> str:

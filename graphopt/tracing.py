@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import fx
@@ -105,7 +108,9 @@ def trace(
     _dissolve(traced.graph)
     for node in traced.graph.nodes:
         node.meta["module_path"] = _module_path(node)
-        node.meta["source"] = _source_line(node.meta.get("stack_trace") or "")
+        node.meta["source"] = source_line(
+            node.meta.get("stack_trace") or "", node.meta.get("nn_module_stack") or {}
+        )
         _check_node(traced, node)
     traced.recompile()
     return traced
@@ -186,10 +191,32 @@ def _module_path(node: fx.Node) -> str:
     return ".".join(part for part in path.split(".") if part and part != "_orig_mod")
 
 
-def _source_line(stack_trace: str) -> str:
-    """`file.py:12 code` of the innermost frame."""
+def source_line(stack_trace: str, modules: Mapping[str, tuple[str, object]]) -> str:
+    """`file.py:12 code`: the innermost frame in the file of the model, not in that of a library it calls.
+
+    That file is the one which most of the modules around the node are defined in, the innermost of equals:
+    a linear is made in torch's file and attention in an integration's, but they are written down in the
+    model's. Without modules it is the innermost frame outside of torch.
+
+    Args:
+        stack_trace: frames as Python prints them, outermost first.
+        modules: fx's `nn_module_stack`: key -> (path, class or its qualified name), outermost first.
+    """
     frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', stack_trace)
     if not frames:
         return ""
-    file, line, code = frames[-1]
+    own = [frame for frame in frames if not frame[0].startswith(_TORCH)]
+    files = [f for _, kind in modules.values() if (f := _file_of(kind)) and not f.startswith(_TORCH)]
+    counted = Counter(reversed(files))  # the first of equals is the innermost
+    modelling = [frame for frame in own if counted and frame[0] == counted.most_common(1)[0][0]]
+    file, line, code = (modelling or own or frames)[-1]
     return f"{file.rsplit('/', 1)[-1]}:{line} {code.strip()}"
+
+
+_TORCH = f"{Path(torch.__file__).parent}/"
+
+
+def _file_of(kind: object) -> str:
+    """The file that defines a class, given it or its qualified name; empty where it has none."""
+    name = kind.__module__ if isinstance(kind, type) else str(kind).rpartition(".")[0]
+    return getattr(sys.modules.get(name), "__file__", None) or ""

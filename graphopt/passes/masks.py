@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Sequence
 
 from torch import fx
@@ -10,7 +12,7 @@ from graphopt import graph as g
 from graphopt import ops
 from graphopt.masks import MaskArguments, MaskForm, arguments, classify, describe
 from graphopt.observe import Matched, Observer, Refused, emit
-from graphopt.rewrite import Match, Refusal
+from graphopt.rewrite import DENIED, Match, Refusal
 
 RULE = "mask"
 
@@ -22,6 +24,7 @@ def read_masks(gm: fx.GraphModule, observers: Sequence[Observer], deny: frozense
     """
     known: dict[object, MaskForm | str] = {}
     made: dict[MaskForm, MaskArguments] = {}
+    seen: dict[str, int] = {}
     read = 0
     for node in list(gm.graph.nodes):
         if not g.is_call(node, ops.attention.overload):
@@ -33,18 +36,12 @@ def read_masks(gm: fx.GraphModule, observers: Sequence[Observer], deny: frozense
         assert isinstance(q, fx.Node) and isinstance(k, fx.Node)
         batch, heads, queries, _ = g.shape(q)
         form = classify(mask, (batch, heads, queries, g.shape(k)[2]), known)  # type: ignore[arg-type]  # its own cache
-        identity = f"{RULE}@{g.module_path(node) or '-'}#{mask.name}"
-        reason = (
-            form
-            if isinstance(form, str)
-            else "denied"
-            if identity in deny
-            else form.note
-            if form.whole
-            else ""
-        )
-        if reason or isinstance(form, str):
-            emit(observers, Refused(Refusal(RULE, node.name, g.module_path(node), g.source(mask), reason, 1)))
+        if isinstance(form, str) or form.whole:
+            _refuse(node, form if isinstance(form, str) else form.note, classify.__name__, observers)
+            continue
+        identity = _identify(node, form, seen)
+        if identity in deny:
+            _refuse(node, "denied", DENIED, observers)
             continue
         _apply(node, arguments(form, made))
         read += 1
@@ -60,6 +57,26 @@ def read_masks(gm: fx.GraphModule, observers: Sequence[Observer], deny: frozense
     if read:
         g.eliminate_dead_code(gm.graph)
     return read
+
+
+def _identify(node: fx.Node, form: MaskForm, seen: dict[str, int]) -> str:
+    """A stable id: rule @ module # hash of what the mask is (~ ordinal), but for its leaves' names.
+
+    The names of nodes depend on how many rewrites came before.
+    """
+    about = re.sub(r"\w+(?=\[)|(?<=offset=)[^)]*", "", describe(form))
+    digest = hashlib.sha1(about.encode(), usedforsecurity=False).hexdigest()[:6]
+    base = f"{RULE}@{g.module_path(node) or '-'}#{digest}"
+    ordinal = seen[base] = seen.get(base, 0) + 1
+    return base if ordinal == 1 else f"{base}~{ordinal}"
+
+
+def _refuse(node: fx.Node, reason: str, guard: str, observers: Sequence[Observer]) -> None:
+    """Tell why a mask stays a tensor."""
+    mask, path = g.arg(node, "bias"), g.module_path(node)
+    assert isinstance(mask, fx.Node)
+    told = Refusal(RULE, node.name, path, g.source(mask), reason, 1, "", "", guard, node.name, path)
+    emit(observers, Refused(told))
 
 
 def _apply(node: fx.Node, given: MaskArguments) -> None:

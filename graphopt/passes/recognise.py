@@ -33,7 +33,8 @@ class Recognise:
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> None:
         """Edit `gm` in place."""
-        rewriter = Rewriter(gm, ctx.rules, canonicalize, tuple(ctx.observers), ctx.deny, ctx.fuel)
+        watching = tuple(ctx.observers)
+        rewriter = Rewriter(gm, ctx.rules, canonicalize, watching, ctx.deny, ctx.fuel, ctx.question)
         rewriter.run()
         ctx.fuel = rewriter.fuel
         if dissolve_scores(gm, ctx.observers):

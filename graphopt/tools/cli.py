@@ -1,23 +1,25 @@
-"""The command `graphopt`: explain a model, compile it, show what a pass changed, run the demo."""
+"""The command `graphopt`: explain a model, compile it, show changes, find what breaks it, run the demo."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from torch import fx
 
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, OptionError
 from graphopt.options import Options
-from graphopt.report import RECOGNISED
+from graphopt.question import ALL
 from graphopt.targets import CPU, NAMES, TARGETS, target_named
+from graphopt.tools.culprits import MOST
 from graphopt.tools.diff import GraphDiff, diff
-from graphopt.tools.explain import road, stages
+from graphopt.tools.explain import explain, road, stages
 from graphopt.tools.models import Example, choice, load
 from graphopt.tools.snapshots import CAPTURED, Snapshots
 
@@ -66,14 +68,26 @@ def explain_command(
     length: Length = 7,
     dtype: Dtype = "float32",
     cache: Cache = "none",
+    rule: Annotated[str, typer.Option(help="Tell of this rule: a name or a pattern with *.")] = ALL,
+    module: Annotated[str, typer.Option(help="Tell of this module and what is below: *.layers.1.mlp.")] = ALL,
+    node: Annotated[str, typer.Option(help="Tell of this node of the graph: mul_14.")] = ALL,
+    expect: Annotated[
+        list[str] | None, typer.Option(help="OPERATOR=NUMBER: fail where fewer are recognised.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
-    """Say what is recognised in a model, what is not, and why."""
+    """Say what is recognised in a model, what is not, and why; or answer one question of these."""
 
     def run() -> None:
+        wanted = dict(number_of(text) for text in expect or ())
+        Options.parse({"expect": wanted})  # before a model is built
         example = load(model, batch=batch, length=length, dtype=dtype, cache=cache)
-        report = road(example.model, example.args, example.kwargs, until=RECOGNISED)
-        if json:
+        kwargs: dict[str, Any] = dict(example.kwargs)
+        report = explain(example.model, *example.args, expect=wanted, **kwargs)
+        if (rule, module, node) != (ALL, ALL, ALL):
+            found = report.explain(rule, module, node)
+            typer.echo(found.to_json(indent=2) if json else str(found))
+        elif json:
             typer.echo(report.to_json(indent=2))
         elif sys.stdout.isatty():
             Console().print(report)
@@ -109,6 +123,54 @@ def diff_command(
             Console().print(found, soft_wrap=True)
         else:
             typer.echo(str(found))
+
+    _or_error(run)
+
+
+@app.command("bisect")
+def bisect_command_line(
+    model: Annotated[
+        str | None, typer.Argument(help="As for `explain`; weights are needed. Or give --command.")
+    ] = None,
+    command: Annotated[
+        str | None, typer.Option(help="A command instead: what makes its exit status another than 0.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest difference that is right; without it, the accuracy rule.")
+    ] = None,
+    most: Annotated[int, typer.Option(min=1, help="How many runs it may take.")] = MOST,
+    timeout: Annotated[float | None, typer.Option(help="Seconds for one run of the command.")] = None,
+    batch: Batch = 2,
+    length: Length = 7,
+    dtype: Dtype = "float32",
+    cache: Cache = "none",
+    decode: Decode = False,
+    quantize: Bits = None,
+    json: AsJson = False,
+) -> None:
+    """Find the smallest set of rewrites that breaks a model or a command, and print each as functions.
+
+    The exit status is 0 where nothing is broken, 1 where the culprits were found, 2 where there is no answer.
+    """
+    from graphopt.tools.bisect import Bisection, bisect
+    from graphopt.tools.bisect_command import bisect_command
+
+    def found() -> Bisection:
+        if (model is None) == (command is None):
+            raise OptionError("give a model or a --command, one of them")
+        if command is not None:
+            return bisect_command(shlex.split(command), most=most, timeout=timeout)
+        example = load(str(model), batch=batch, length=length, dtype=dtype, cache=cache, decode=decode)
+        options = {"quantize": quantize}
+        return bisect(
+            example.model, example.args, example.kwargs, options=options, tolerance=tolerance, most=most
+        )
+
+    def run() -> None:
+        told = found()
+        typer.echo(told.to_json(indent=2) if json else str(told))
+        if told.culprits:
+            raise typer.Exit(1)
 
     _or_error(run)
 
@@ -164,6 +226,14 @@ def split(spec: str, options: Options | None = None) -> tuple[str, str]:
     """`bert@merge` -> ("bert", "merge"); no stage: the captured graph. OptionError for an unknown one."""
     name, at, stage = spec.rpartition("@")
     return (name, choice(stage, stages(options), "stage")) if at else (spec, CAPTURED)
+
+
+def number_of(text: str) -> tuple[str, int]:
+    """`attention=32` -> ("attention", 32). OptionError for anything else."""
+    name, _, number = text.partition("=")
+    if not number.isdecimal():
+        raise OptionError(f"{text!r} is no expectation; give OPERATOR=NUMBER, as attention=32")
+    return name, int(number)
 
 
 def graphs(

@@ -13,6 +13,7 @@ import torch
 from graphopt import aot, defaults
 from graphopt import graph as g
 from graphopt.capture import Captured
+from graphopt.expect import check_expected
 from graphopt.launch import Launch
 from graphopt.listing import listing
 from graphopt.lowering.steps import Step, launches_per_layer, layer_of, steps
@@ -177,6 +178,7 @@ def compile_for(
         OptionError: an unknown target or option.
         CaptureRefused: the program is out of scope as a whole.
         PipelineError: it has symbolic shapes.
+        ExpectError: fewer operators were recognised than the option `expect` says.
         CompileError: a kernel does not compile for the target.
     """
     goal = target_named(target)
@@ -186,6 +188,7 @@ def compile_for(
     else:
         program = captured(model, tuple(args), kwargs or {}, dynamic=False)
     lowered, report = defaults.pipeline(chosen).run(program, defaults.context(chosen))
+    check_expected(report, chosen.expect)
     found = steps(lowered.gm, goal)
     return Compilation(
         target=target,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import fx
@@ -10,28 +11,43 @@ from torch import fx
 import graphopt.defaults as defaults
 from graphopt.capture import Captured, capture, from_dynamo
 from graphopt.errors import CaptureRefused, OptionError
+from graphopt.expect import check_expected
 from graphopt.journal import from_environment
 from graphopt.observe import Observer, PassStarted, emit
 from graphopt.options import Options
 from graphopt.pipeline import passes_named
 from graphopt.report import RECOGNISED, Report
+from graphopt.tools.ask import ask
 from graphopt.tools.snapshots import CAPTURED
 
 
 def explain(
     model: torch.nn.Module | torch.export.ExportedProgram | Callable[..., object],
     *args: object,
+    expect: Mapping[str, int] | None = None,
     **kwargs: object,
 ) -> Report:
     """Capture a model on example inputs, canonicalize and recognise it, and report; nothing is lowered.
 
+    The report answers questions, by `report.explain(rule=..., module=..., node=...)`.
+
     Args:
         model: what `graphopt.capture` takes; called with `args` and `kwargs` (real, fake or meta tensors).
+        expect: how often operators have to be recognised at least, as {"attention": 32, "norm": 65}.
 
     Raises:
         CaptureRefused: the program is out of scope as a whole; the reason is in the error.
+        OptionError: `expect` names no operator.
+        ExpectError: fewer were recognised than expected; what nearly matched is in the error.
     """
-    return road(model, args, kwargs, until=RECOGNISED)
+    options = Options.parse({} if expect is None else {"expect": expect})
+    program = captured(model, args, kwargs)
+    _, report = defaults.pipeline(until=RECOGNISED).run(
+        program, defaults.context(observers=from_environment())
+    )
+    check_expected(report, options.expect)
+    report.rerun = partial(ask, program)
+    return report
 
 
 def road(

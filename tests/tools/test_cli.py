@@ -59,6 +59,23 @@ def test_explain_as_json(module: str) -> None:
     assert json.loads(result.stdout)["counts"]["linear"] == 2
 
 
+def test_explain_answers_a_question(module: str) -> None:
+    result = run("explain", f"{module}:once", "--rule", "torch_linear", "--module", "up")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("rule torch_linear, module up: 1 matched, 0 missed")
+    told = json.loads(run("explain", f"{module}:once", "--node", "sin", "--json").stdout)
+    assert told["question"] == {"rule": "*", "module": "*", "node": "sin"} and told["matches"] == []
+    unknown = run("explain", f"{module}:once", "--rule", "torch_liner")
+    assert unknown.exit_code == 2 and "did you mean 'torch_linear'?" in unknown.stderr
+
+
+def test_explain_with_an_expectation(module: str) -> None:
+    enough = run("explain", f"{module}:once", "--expect", "linear=2", "--expect", "norm=0")
+    assert enough.exit_code == 0, enough.output
+    short = run("explain", f"{module}:once", "--expect", "linear=3")
+    assert short.exit_code == 2 and "linear: 2 of 3" in short.stderr and "linear 2" in short.stderr
+
+
 def test_diff_of_two_stages(module: str) -> None:
     result = run("diff", f"{module}:once@captured", f"{module}:once@recognise")
     assert result.exit_code == 0, result.output
@@ -100,7 +117,7 @@ def test_version() -> None:
 
 def test_without_a_command_the_help_is_shown() -> None:
     text = run().output
-    assert all(word in text for word in ("explain", "diff", "demo"))
+    assert all(word in text for word in ("explain", "diff", "bisect", "demo"))
 
 
 @pytest.mark.parametrize(
@@ -113,6 +130,8 @@ def test_without_a_command_the_help_is_shown() -> None:
         (("explain", "{}:twise"), "unknown function of cli_models 'twise'; did you mean 'twice'?"),
         (("explain", "{}:wrong"), "cli_models:wrong returned int, not (model, args, kwargs)"),
         (("explain", "no_such_module:f"), "no module 'no_such_module'"),
+        (("explain", "bert", "--expect", "linear"), "'linear' is no expectation; give OPERATOR=NUMBER"),
+        (("explain", "bert", "--expect", "liner=2"), "has no operator 'liner'; did you mean 'linear'?"),
         (("explain", "qqqqqqq"), "unknown model type 'qqqqqqq'; give package.module:function"),
     ],
 )
