@@ -73,6 +73,7 @@ class Rewriter:
     index: dict[object, list[Variant | Translation]] = field(default_factory=dict)  # by the anchor's operator
     misses: dict[tuple[str, fx.Node], Miss] = field(default_factory=dict)
     denied: dict[tuple[str, fx.Node], Miss] = field(default_factory=dict)
+    kept: dict[tuple[str, fx.Node], str] = field(default_factory=dict)  # the ids of denied matches
     replay: Replay = field(default_factory=Replay)
     spared: set[fx.Node] = field(default_factory=set)  # what denied matches would replace: no smaller one may
 
@@ -178,7 +179,7 @@ class Rewriter:
             self.misses[translation.name, node] = Miss(1, node, arguments)
             return False
         if identity in self.deny:
-            self.denied[translation.name, node] = Miss(1, node, "denied")
+            self.keep(translation.name, node, identity, 1)
             return False
         args = tuple(arguments.get(a.name, a.default_value) for a in g.schema_arguments(translation.op))
         name = g.base_name(translation.op)
@@ -198,7 +199,7 @@ class Rewriter:
         anchor, rule = outputs[0], variant.rule.name
         identity = self.identify(variant.rule, binding, anchor)
         if identity in self.deny:
-            self.denied[rule, anchor] = Miss(len(binding.nodes), anchor, "denied")
+            self.keep(rule, anchor, identity, len(binding.nodes))
             self.spared.update(binding.nodes.values())
             return False
         place = find_place(binding, outputs)
@@ -236,10 +237,21 @@ class Rewriter:
         self.applied(Match(identity, rule, g.module_path(anchor), g.source(anchor), origin.replaced, added))
         return True
 
+    def keep(self, rule: str, node: fx.Node, identity: str, depth: int) -> None:
+        """A match is denied. Its number is taken all the same: those after it keep theirs."""
+        self.denied[rule, node] = Miss(depth, node, "denied")
+        if (rule, node) not in self.kept:
+            self.kept[rule, node] = identity
+            self.count(identity)
+
+    def count(self, identity: str) -> None:
+        """The next match of this name gets the next number."""
+        base = identity.split("~")[0]
+        self.ids[base] = self.ids.get(base, 0) + 1
+
     def applied(self, done: Match) -> None:
         """Tell, count, and burn fuel."""
-        base = done.id.split("~")[0]
-        self.ids[base] = self.ids.get(base, 0) + 1
+        self.count(done.id)
         emit(self.observers, Matched(done))
         if self.fuel is not None:
             self.fuel -= 1
@@ -254,6 +266,8 @@ class Rewriter:
 
     def name_match(self, rule: str, anchor: fx.Node, about: list[str]) -> str:
         """A match's id from its rule, its place and what is known about it."""
+        if (rule, anchor) in self.kept:
+            return self.kept[rule, anchor]
         digest = hashlib.sha1(";".join(about).encode(), usedforsecurity=False).hexdigest()[:6]
         base = f"{rule}@{g.module_path(anchor) or '-'}#{digest}"
         ordinal = self.ids.get(base, 0)
