@@ -296,6 +296,22 @@ def no_dispatch_of(mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def no_new_guards(mode: FakeTensorMode) -> Iterator[None]:
+    """Run a pass after Dynamo has made its guards: what would need another one raises, and is not learnt."""
+    env = mode.shape_env
+    if env is None:
+        yield
+    elif hasattr(env, "error_on_new_guards"):
+        with env.error_on_new_guards():
+            yield
+    else:  # older: guards of an environment that Dynamo is done with are ignored, and counted
+        before = env.counter["ignored_backward_guard"]
+        yield
+        if env.counter["ignored_backward_guard"] != before:
+            raise RuntimeError("a guard was attempted after Dynamo's guards were made")
+
+
 def same_schema(overload: OpOverload, schema: str) -> bool:
     """Whether an operator's schema is the one that a text as `ns::name(Tensor x) -> Tensor` spells."""
     return str(overload._schema) == str(torch._C.parse_schema(schema))

@@ -39,7 +39,7 @@ class Fuse:
         packed = any(g.is_call(n, ops.linear_int8.overload) for n in gm.graph.nodes)
         for stage in FUSIONS:
             rules = tuple(r for r in stage if packed or not _of_packed(r))
-            rewriter = Rewriter(gm, rules, canonicalize, tuple(ctx.observers), ctx.deny, ctx.fuel)
+            rewriter = Rewriter(gm, rules, canonicalize, tuple(ctx.observers), ctx.deny, ctx.fuel, ctx.ledger)
             rewriter.run()
             ctx.fuel = rewriter.fuel
         gm.recompile()

@@ -33,10 +33,12 @@ class Recognise:
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> None:
         """Edit `gm` in place."""
-        rewriter = Rewriter(gm, ctx.rules, canonicalize, tuple(ctx.observers), ctx.deny, ctx.fuel)
+        rewriter = Rewriter(gm, ctx.rules, canonicalize, tuple(ctx.observers), ctx.deny, ctx.fuel, ctx.ledger)
         rewriter.run()
         ctx.fuel = rewriter.fuel
         if dissolve_scores(gm, ctx.observers):
             g.eliminate_dead_code(gm.graph)  # a negation of a mask that is filled again
-        read_masks(gm, ctx.observers, ctx.deny)
+        if ctx.ledger:
+            ctx.ledger.see(gm)
+        read_masks(gm, ctx.observers, ctx.deny, ctx.ledger)
         gm.recompile()
