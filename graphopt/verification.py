@@ -86,9 +86,9 @@ class Verification:
         return cls(**{**_tuples(fields), "taken_back": taken, "not_verified": left})
 
     def __str__(self) -> str:
-        made_up = f", {len(self.made_up)} weights made up" if self.made_up else ""
+        made_up = f", on {len(self.made_up)} made-up weight(s)" if self.made_up else ""
         return (
-            f"{self.judged} rewrites judged, {self.certified} by certificate, {len(self.taken_back)} taken "
+            f"{self.judged} rewrite(s) judged, {self.certified} by certificate, {len(self.taken_back)} taken "
             f"back, {len(self.not_verified)} not verified{made_up}, {1000 * self.seconds:.0f} ms"
         )
 

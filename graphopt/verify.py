@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt import flops
+from graphopt import flops, torch_private
 from graphopt import graph as g
 from graphopt.accuracy import Verdict, judge, raise_to_fp64
 from graphopt.certificates import Certificates, key_of, shape_of
@@ -207,7 +207,7 @@ class Subgraph:
             env[call.node] = graph.call_function(call.target, args, kwargs)
             g.set_val(env[call.node], g.val(call.node))
         graph.output(tuple(env[n] for n in self.outputs))
-        return raise_to_fp64(fx.GraphModule(torch.nn.Module(), graph))(*values)
+        return raise_to_fp64(torch_private.lazy_module(torch.nn.Module(), graph))(*values)
 
 
 def needed(rewrite: Rewrite) -> int:
