@@ -167,7 +167,7 @@ class Live:
             self._tell(found, judged, taken, start, args)
             if not failed:
                 break
-            if self.strict:
+            if self.options.strict:
                 raise StrictError(_says(failed))
             self.rebuild(self.deny.union(*(t.matches for t in failed)))
         else:

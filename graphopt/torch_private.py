@@ -292,8 +292,19 @@ def no_dispatch_of(mode: FakeTensorMode) -> Iterator[None]:
     it.
     """
     env = mode.shape_env
-    with mode, env.suppress_guards() if env is not None else contextlib.nullcontext():
-        yield
+    if env is None:
+        with mode:
+            yield
+        return
+    # What is suppressed is no guard: it neither raises nor counts under `no_new_guards`.
+    raising, ignored = getattr(env, "_error_on_new_guards", False), env.counter["ignored_backward_guard"]
+    env._error_on_new_guards = False
+    try:
+        with mode, env.suppress_guards():
+            yield
+    finally:
+        env._error_on_new_guards = raising
+        env.counter["ignored_backward_guard"] = ignored
 
 
 @contextlib.contextmanager

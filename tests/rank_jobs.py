@@ -16,11 +16,13 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 import graphopt
-from graphopt import backend
+from graphopt import backend, defaults
+from graphopt.certificates import Certificates
 from graphopt.errors import GraphoptError
 from graphopt.runtime.ranks import RankError
 from tests.models import zoo
 from tests.sharding.models import given, model
+from tests.verifying import wrong_translation
 
 TIMEOUT = 60  # seconds that a rank waits for another
 
@@ -89,6 +91,26 @@ def generated(world: int) -> object:
         ]
 
 
+def verified(world: int) -> object:
+    """One rank has a wrong rule: all ranks take its matches back, and none waits for another."""
+    torch.compiler.reset()
+    backend.clear_reports()
+    backend.CERTIFICATES = Certificates()
+    built, inputs = model("llama"), given("llama")
+    right = defaults.RULES
+    if dist.get_rank() == world - 1:
+        defaults.RULES = wrong_translation("torch_sdpa", lambda given: {"scale": 0.5})
+    options = {"shard": world, "verify": "first"}
+    call = torch.compile(copy.deepcopy(built), backend="graphopt", options=options)
+    with torch.no_grad():
+        far = float((call(**inputs).logits - built(**inputs).logits).abs().max())
+    defaults.RULES = right
+    found = backend.reports()[-1].verification
+    assert found is not None
+    taken, left = [t.rule for t in found.taken_back], [n.rule for n in found.not_verified]
+    return {"far": far, "judged": found.judged, "taken_back": taken, "not_verified": left}
+
+
 def another_world(world: int) -> object:
     """A number of ranks that does not run."""
     return message(lambda: graphopt.optimize(copy.deepcopy(model("llama")), shard=world + 1))
@@ -139,7 +161,7 @@ def message(call: Callable[[], object]) -> str:
 JOBS: Mapping[str, Callable[[int], object]] = {
     job.__name__: job
     for job in (
-        logits, llama, caches, compiled, planned, generated, another_world, other_options,
+        logits, llama, caches, compiled, planned, generated, verified, another_world, other_options,
         does_not_divide, left_alone,
     )
 }  # fmt: skip
