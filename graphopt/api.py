@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from graphopt import backend, torch_private
+from graphopt.defaults import pipeline
 from graphopt.errors import WeightError
 from graphopt.options import Options
 from graphopt.ownership import Owned, alone, is_stand_in, keep
@@ -87,7 +88,7 @@ def optimize(model: M, *, release: bool = True, **options: object) -> M:
         WeightError: other options than before, for a model whose weights were released.
     """
     owned = Owned(Options.parse(options), release)
-    backend.pipeline(owned.options)  # errors now rather than at the first call
+    pipeline(owned.options)  # errors now rather than at the first call
     backend.mesh_of(owned.options.shard)
     before = backend.STORE.owners.of(model)
     if before == owned and model._compiled_call_impl is not None:
@@ -119,7 +120,15 @@ def own(model: torch.nn.Module, owned: Owned) -> None:
 
 def _forms(owned: Owned) -> Options:
     """The options that may have an effect on prepared weights."""
-    return dataclasses.replace(owned.options, strict=False, expect=())
+    plain = Options()
+    return dataclasses.replace(
+        owned.options,
+        strict=plain.strict,
+        expect=plain.expect,
+        verify=plain.verify,
+        verify_seconds=plain.verify_seconds,
+        verify_mebibytes=plain.verify_mebibytes,
+    )
 
 
 def _without_moving_weights(guards: Sequence[_Guard]) -> list[bool]:

@@ -14,11 +14,11 @@ from torch import fx
 
 from graphopt import graph as g
 from graphopt import targets, torch_private
-from graphopt.autocast import within
 from graphopt.capture import Captured, from_dynamo
-from graphopt.defaults import context, pipeline
+from graphopt.certificates import Certificates, default_folder
 from graphopt.errors import (
     CaptureRefused,
+    ExpectError,
     GraphoptError,
     OptionError,
     ReleasedError,
@@ -27,19 +27,21 @@ from graphopt.errors import (
 )
 from graphopt.expect import check_expected
 from graphopt.journal import from_environment
+from graphopt.live import Live
 from graphopt.observe import Observer, Warned, emit
 from graphopt.options import Options
-from graphopt.passes.shard import HELD, PLAN_HASH
 from graphopt.report import Report
-from graphopt.runtime.ranks import Ranked, RankError, digest, mesh_of
+from graphopt.runtime.ranks import RankError, mesh_of
 from graphopt.steering import Steering
-from graphopt.weights import Prepared, WeightStore, prepared_weights
+from graphopt.weights import WeightStore
 
 log = logging.getLogger(__name__)
 
 # Prepared weights of every graph in the process: the prefill and the decode graph of a model share theirs.
 # Entries die with the tensors they were made from.
 STORE = WeightStore()
+# Which rewrites have been verified, in this process and, by its files, in earlier ones.
+CERTIFICATES = Certificates(default_folder())
 
 _reports: deque[Report] = deque(maxlen=512)
 
@@ -112,43 +114,72 @@ class Guarded:
     """What a compiled graph runs as: our program; where that fails and the original does not, the original.
 
     Attributes:
-        run: our program, until it has failed.
+        live: our program, which may be built again.
         original: the program that Dynamo recorded.
         writes: whether a run may change its inputs. After half a run, the original would then start from
             another state: the failure is raised instead.
-        strict: raise instead of falling back.
-        report: told about a fall-back.
-        reads: which arguments our program reads as they are; the others it reads prepared.
+        run: what is called: our program as it was when it was last looked at, until it has failed.
     """
 
-    run: Callable[..., object]
+    live: Live
     original: Callable[..., object]
     writes: bool
-    strict: bool
-    report: Report = field(repr=False)
-    reads: tuple[int, ...] = ()
+    run: Callable[..., object] = field(init=False)
     _admitted: dict[tuple[int, ...], int] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.run = self.live.built.run
 
     def __call__(self, *args: object) -> object:
         """Run on the graph's inputs and weights, in placeholder order."""
+        if self.live.waiting and self.run is not self.original:
+            return self._run_anew(args)
         if STORE.owners:
             self._admit(args)
         try:
             return self.run(*args)
         except Exception as error:
-            return self._recover(args, error)
+            return self._recover(args, error, self.writes)
+
+    def _run_anew(self, args: tuple[object, ...]) -> object:
+        """Let the program be verified or built again, and run what came out."""
+        try:
+            self.live.catch_up(args)
+        except (StrictError, ExpectError):
+            raise
+        except Exception as error:
+            return self._recover(args, error, False)
+        self._look()
+        try:
+            if STORE.owners:
+                self._admit(args)
+            result = self.run(*args)
+        except ReleasedError:
+            if self.live.restore():  # what was taken back needs weights that are gone
+                self._look()
+            raise
+        except Exception as error:
+            return self._recover(args, error, self.writes)
+        self.live.settle()
+        return result
+
+    def _look(self) -> None:
+        """Take the program as it is now."""
+        self.run = self.live.built.run
+        self._admitted.clear()
 
     def _admit(self, args: tuple[object, ...]) -> None:
         """Weights that are read as they are must not have been released; looked at once for each set."""
-        reads = tuple(args[i] for i in self.reads)
+        reads = tuple(args[i] for i in self.live.built.reads)
         identities = tuple(map(id, reads))
         generation = STORE.owners.generation  # unchanged, no weight has been given a stand-in since
         if self._admitted.get(identities) != generation:
             STORE.admit(args if self.run is self.original else reads)
             self._admitted[identities] = generation
 
-    def _recover(self, args: tuple[object, ...], error: Exception) -> object:
-        if self.run is self.original or self.writes or _is_bad_weight(error) or isinstance(error, RankError):
+    def _recover(self, args: tuple[object, ...], error: Exception, halfway: bool) -> object:
+        """The original's result, if it has one; `halfway`: inputs may have been written already."""
+        if self.run is self.original or halfway or _is_bad_weight(error) or isinstance(error, RankError):
             raise error
         if isinstance(error, ReleasedError):
             raise error
@@ -159,8 +190,8 @@ class Guarded:
         except Exception as own:  # an index out of range, say: the program's error, as in eager
             raise own from None
         reason = _described(error)
-        self.report.fallback = reason
-        if self.strict:
+        self.live.report.fallback = reason
+        if self.live.strict:
             raise StrictError(reason) from error
         log.debug("failed at run time", exc_info=error)
         self.run = self.original
@@ -183,18 +214,15 @@ def _build(
     mesh = mesh_of(options.shard)
     observers = from_environment()
     report = Report()
-    program, failure = None, None
+    live, failure = None, None
     report.fallback = _out_of_scope(gm, examples)
     if report.fallback is None:
         try:
             captured = from_dynamo(gm, examples)
-            ctx = context(options, device=device, store=STORE, observers=observers)
-            ctx.mesh = mesh
-            ctx.replay = ctx.replay and mesh is None  # a rank that replays alone would hang the others
-            with within(None):  # what is run and traced on the way has its casts in the graph
-                road = pipeline(options, device=device, rank=mesh.rank if mesh else 0)
-                road, ctx = _steering.steer(road, ctx)
-                program, report = road.run(captured, ctx)
+            parameters = frozenset(i for i, x in enumerate(examples) if isinstance(x, torch.nn.Parameter))
+            place = (device, mesh, STORE, CERTIFICATES)
+            live = Live(captured, options, *place, observers, parameters, _steering)
+            report = live.report
         except OptionError:
             raise  # an option that this program cannot have: the user has to know, not to get another program
         except Exception as error:
@@ -205,17 +233,13 @@ def _build(
     _reports.append(report)
     if not _steering.takes:
         check_expected(report, options.expect)
-    if program is None:
+    if live is None:
         return _without_us(gm, examples, options, report, failure, observers, fall_back)
     _note_recompile_limit(report, observers)
     for message in report.warnings:
         warnings.warn(message, stacklevel=3)
-    reads = _note_weights(program.gm, examples)
-    run = program.runnable(program.gm.forward)
-    if mesh is not None:
-        run = Ranked(run, mesh, digest(program.gm.meta[PLAN_HASH], options), program.gm.meta[HELD])
-    strict = options.strict or mesh is not None  # a rank that falls back would leave the others waiting
-    return Guarded(run, gm.forward, _writes(captured), strict, report, reads)
+    _note_weights(live, examples)
+    return Guarded(live, gm.forward, _writes(captured))
 
 
 def _without_us(
@@ -244,20 +268,12 @@ def _without_us(
     return admitted
 
 
-def _note_weights(gm: fx.GraphModule, examples: Sequence[object]) -> tuple[int, ...]:
-    """Which parameters a program reads as they are; what it reads in another layout may leave its place."""
-    reads = []
-    plans = [plan for part in gm.children() if isinstance(part, Prepared) for plan in part.plans]
-    moving = {i for plan in plans for i in plan.moves()}
-    for i, node in enumerate(g.placeholders(gm.graph)):
+def _note_weights(live: Live, examples: Sequence[object]) -> None:
+    """What a program reads in another layout only may leave its place."""
+    for i in live.parameters & live.built.moves - set(live.built.reads):
         weight = examples[i]
-        if not isinstance(weight, torch.nn.Parameter):
-            continue
-        if any(user.target is not prepared_weights for user in node.users):
-            reads.append(i)
-        elif i in moving:
-            STORE.owners.leaving.add(weight)
-    return tuple(reads)
+        assert isinstance(weight, torch.nn.Parameter)
+        STORE.owners.leaving.add(weight)
 
 
 def _inductor(gm: fx.GraphModule, examples: Sequence[object]) -> Callable[..., object]:

@@ -21,6 +21,10 @@ class PipelineError(GraphoptError):
     """A pipeline whose passes contradict each other, or a pass that broke the graph."""
 
 
+class RevertError(GraphoptError, RuntimeError):
+    """A match that cannot be taken back: unknown, or of a program that is gone or cannot do without it."""
+
+
 class RuleError(GraphoptError):
     """A rule that cannot be made: its pattern drops a parameter, or its replacement does not fit."""
 

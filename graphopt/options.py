@@ -30,6 +30,11 @@ class Options:
             graph that is compiled; fewer are an error before anything runs (`graphopt.expect`).
         quantize_exclude: names of weights or modules that stay as they are, as `lm_head`, `layers.0` or
             `*.down_proj`; see `graphopt.passes.quantize.Quantize`.
+        verify: run each rewrite as old and as new subgraph on the program's own values and take back what
+            gives other numbers: "first" once, at the first call, with certificates that later starts trust;
+            "always" every match at every call; "off" not at all (`graphopt.verify`).
+        verify_seconds: the time that verification may take in a call, in seconds.
+        verify_mebibytes: the memory that it may take, in MiB.
     """
 
     strict: bool = False
@@ -42,6 +47,9 @@ class Options:
     quantize_group: int = 64
     quantize_exclude: tuple[str, ...] = ()
     expect: tuple[tuple[str, int], ...] = ()
+    verify: str = "off"
+    verify_seconds: int = 60
+    verify_mebibytes: int = 2048
 
     @staticmethod
     def parse(given: Mapping[str, object] | None) -> Options:
@@ -64,6 +72,10 @@ class Options:
             for name in ("quantize_group", "quantize_exclude"):
                 if getattr(options, name) != VALUES[name].default:
                     raise OptionError(f"option {name!r} does nothing alone; give quantize='int8' with it")
+        if options.verify == "off":
+            for name in ("verify_seconds", "verify_mebibytes"):
+                if getattr(options, name) != VALUES[name].default:
+                    raise OptionError(f"option {name!r} does nothing alone; give verify='first' with it")
         return options
 
 
@@ -179,6 +191,9 @@ VALUES: Mapping[str, Values] = {
     "quantize_group": Whole(64),
     "quantize_exclude": Names(),
     "expect": Counts(),
+    "verify": OneOf(("off", "first", "always")),
+    "verify_seconds": Whole(60),
+    "verify_mebibytes": Whole(2048),
 }
 
 

@@ -17,6 +17,7 @@ from graphopt import graph as g
 from graphopt.capture import Captured
 from graphopt.errors import GraphoptError, PipelineError, StrictError
 from graphopt.kernel import Kernel
+from graphopt.ledger import Ledger
 from graphopt.observe import Event, Matched, Observer, PassEnded, PassStarted, Warned, emit
 from graphopt.question import Question
 from graphopt.report import Report, ReportObserver
@@ -45,6 +46,7 @@ class Context:
         deny: ids of matches that must not be applied.
         fuel: how many rewrites may still be applied; None is no bound. Counts down (for bisection).
         question: whose answer observers are told in full, with misses that are cut otherwise.
+        ledger: told what each rewrite took away and made, for verification; None costs nothing.
     """
 
     store: WeightStore = field(default_factory=WeightStore)
@@ -58,6 +60,7 @@ class Context:
     deny: frozenset[str] = frozenset()
     fuel: int | None = None
     question: Question | None = None
+    ledger: Ledger | None = None
     run: object = None  # set by a lowering: what executes the program instead of the graph module
 
 
@@ -147,6 +150,8 @@ class Pipeline:
         for index, step in enumerate(self.passes):
             tally.matched = 0
             emit(inner.observers, PassStarted(step.name, index, gm))
+            if inner.ledger:
+                inner.ledger.see(gm)
             start = time.perf_counter()
             _run(step, gm, inner)
             seconds = time.perf_counter() - start

@@ -6,22 +6,31 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from torch import fx
 
+from graphopt.errors import RevertError
 from graphopt.flops import unmatched
 from graphopt.graph import SIZE_OPS, is_call, op_name, schema_arguments, tensor
 from graphopt.observe import Event, KernelChosen, Matched, PassEnded, PassStarted, Refused, Warned
 from graphopt.question import ALL, Answer, Question, answer
 from graphopt.rewrite import KEPT_MISSES, Match, Refusal
+from graphopt.verification import Verification
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 RECOGNISED = "recognise"  # the pass whose graph is counted
 MERGED = "merge"  # where no pass has that name: the graph that this pass is given
-COLOURS = {"recognised": "green", "warning": "yellow", "not optimised": "bold red", "near miss": "magenta"}
+COLOURS = {
+    "recognised": "green",
+    "warning": "yellow",
+    "taken back": "yellow",
+    "not optimised": "bold red",
+    "near miss": "magenta",
+}
+PROGRAM = "_program"  # where a report keeps how to find its program: no field
 NEAR = (
     3  # a miss with fewer matched parts, at a node that another rule made, is not worth a line of the summary
 )
@@ -43,6 +52,12 @@ class PassRun:
     seconds: float
     before: int
     after: int
+
+
+class Rebuilds(Protocol):
+    """A compiled program that can be built again."""
+
+    def revert(self, identity: str) -> None: ...
 
 
 @dataclass
@@ -74,6 +89,39 @@ class Report:
     """The bytes of those weights before, and now with their scales."""
     rerun: Callable[[Question], Answer] | None = field(default=None, repr=False, compare=False)
     """Looks again at the program with a question; None where the program is gone, as it is in JSON."""
+    verification: Verification | None = None
+    """What running the rewrites has shown; None where nobody asked for it (`verify`)."""
+
+    def revert(self, match: Match | str) -> None:
+        """Take a match back: the program is built again without it, and runs so from its next call on.
+
+        Its id is denied, and the whole pipeline replayed: other rules may match in its place, what the match
+        stood in the way of. This report is from then on that of the new program. Under `shard`, every rank
+        has to revert the same.
+
+        Args:
+            match: one of `matches`, or its id.
+
+        Raises:
+            RevertError: the report is of no living program, no such match was applied, or the program without
+                it cannot be built; it then stays as it is.
+        """
+        find = vars(self).get(PROGRAM)
+        program = find() if find is not None else None
+        if program is None:
+            raise RevertError(
+                "this report is of no program that still runs; take it from graphopt.backend.reports() while "
+                "the compiled model lives"
+            )
+        program.revert(match if isinstance(match, str) else match.id)
+
+    def attach(self, find: Callable[[], Rebuilds | None]) -> None:
+        """Say how to find the living program that this report is of. JSON and pickles do not keep it."""
+        vars(self)[PROGRAM] = find
+
+    def __getstate__(self) -> dict[str, object]:
+        kept = self.__dataclass_fields__.keys() - {"rerun"}
+        return {name: value for name, value in vars(self).items() if name in kept}
 
     @property
     def unmatched_share(self) -> float:
@@ -114,6 +162,8 @@ class Report:
         fields["warnings"] = tuple(fields.get("warnings", ()))
         fields["sharded_bytes"] = tuple(fields.get("sharded_bytes", (0, 0)))
         fields["quantized_bytes"] = tuple(fields.get("quantized_bytes", (0, 0)))
+        if fields.get("verification") is not None:
+            fields["verification"] = Verification.read(fields["verification"])
         return cls(**fields)
 
     def summary(self) -> str:
@@ -158,6 +208,12 @@ class Report:
             rows.append(("sharded", f"{whole} -> {mine} MiB of weights on this rank"))
         if self.quantized is not None:
             rows.append(("quantized", self._quantized()))
+        if self.verification is not None:
+            rows.append(("verified", str(self.verification)))
+            rows += [("taken back", str(taken)) for taken in self.verification.taken_back]
+            rows += [("not verified", str(left)) for left in self.verification.not_verified[:SHOWN_KEPT]]
+            more = len(self.verification.not_verified) - SHOWN_KEPT
+            rows += [("not verified", f"{more} more")] if more > 0 else []
         rows += [("warning", text) for text in self.warnings]
         return rows
 

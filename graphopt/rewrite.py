@@ -17,6 +17,7 @@ from torch import fx
 from graphopt import graph as g
 from graphopt import torch_private
 from graphopt.binding import Binding, Miss, target_name
+from graphopt.ledger import Ledger
 from graphopt.match import match, outside_reader
 from graphopt.observe import Matched, Observer, Refused, emit
 from graphopt.place import Place, find_place
@@ -86,6 +87,7 @@ class Rewriter:
     deny: frozenset[str] = frozenset()
     fuel: int | None = None
     question: Question | None = None
+    ledger: Ledger | None = None  # told what each rewrite took away and made
     ids: dict[str, int] = field(default_factory=dict)
     named: dict[tuple[str, fx.Node], str] = field(default_factory=dict)  # the ids of denied matches
     index: dict[object, list[Variant | Translation]] = field(default_factory=dict)  # by the anchor's operator
@@ -225,14 +227,16 @@ class Rewriter:
             return False
         args = tuple(arguments.get(a.name, a.default_value) for a in g.schema_arguments(translation.op))
         name = g.base_name(translation.op)
+        before = self.ledger.took((node,)) if self.ledger else ()
         with self.gm.graph.inserting_before(node):
             new = self.gm.graph.create_node("call_function", translation.op, args, name=name)  # type: ignore[arg-type]
         adopt(new, node, g.Origin(translation.name, identity, _stands_for([node])), g.val(node))
         node.replace_all_uses_with(new)
         self.gm.graph.erase_node(node)
-        self.applied(
-            Match(identity, translation.name, g.module_path(new), g.source(new), (node.name,), (new.name,))
-        )
+        done = Match(identity, translation.name, g.module_path(new), g.source(new), (node.name,), (new.name,))
+        if self.ledger:
+            self.ledger.rewrote(done, (translation.arguments,), before, ((node, new),))
+        self.applied(done)
         return True
 
     def apply(self, variant: Variant, binding: Binding) -> bool:
@@ -259,6 +263,7 @@ class Rewriter:
         for value, number in binding.assumed:
             torch_private.specialise(value, number)
         replaced = list(dict.fromkeys(binding.nodes.values()))
+        before = self.ledger.took(replaced) if self.ledger else ()
         origin = g.Origin(rule, identity, _stands_for(replaced))
         grown = {n.target: n for n in replaced}  # an op that takes its neighbours up stays where it was
         template = Template(
@@ -277,7 +282,11 @@ class Rewriter:
             if not node.users:
                 self.gm.graph.erase_node(node)
         added = tuple(n.name for n in made if isinstance(n, fx.Node))
-        self.applied(Match(identity, rule, g.module_path(anchor), g.source(anchor), origin.replaced, added))
+        done = Match(identity, rule, g.module_path(anchor), g.source(anchor), origin.replaced, added)
+        if self.ledger:
+            pairs = [(old, n) for old, n in zip(outputs, made, strict=True) if isinstance(n, fx.Node)]
+            self.ledger.rewrote(done, variant.rule.functions(), before, pairs)
+        self.applied(done)
         return True
 
     def applied(self, done: Match) -> None:

@@ -100,6 +100,10 @@ class Rule:
         """The names of its float dtypes: "T", "W"."""
         return tuple(sorted({s.dtype for s in self.specs.values() if isinstance(s, T) and len(s.dtype) == 1}))
 
+    def functions(self) -> tuple[Callable[..., object], ...]:
+        """The functions that say what the rule is."""
+        return (self.pattern, self.replacement, *(() if self.guard is None else (self.guard,)))
+
     def optional(self) -> tuple[str, ...]:
         """The parameters that may be None."""
         return tuple(name for name, s in self.specs.items() if isinstance(s, T) and s.optional)

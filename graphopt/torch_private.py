@@ -292,8 +292,35 @@ def no_dispatch_of(mode: FakeTensorMode) -> Iterator[None]:
     it.
     """
     env = mode.shape_env
-    with mode, env.suppress_guards() if env is not None else contextlib.nullcontext():
+    if env is None:
+        with mode:
+            yield
+        return
+    # What is suppressed is no guard: it neither raises nor counts under `no_new_guards`.
+    raising, ignored = getattr(env, "_error_on_new_guards", False), env.counter["ignored_backward_guard"]
+    env._error_on_new_guards = False
+    try:
+        with mode, env.suppress_guards():
+            yield
+    finally:
+        env._error_on_new_guards = raising
+        env.counter["ignored_backward_guard"] = ignored
+
+
+@contextlib.contextmanager
+def no_new_guards(mode: FakeTensorMode) -> Iterator[None]:
+    """Run a pass after Dynamo has made its guards: what would need another one raises, and is not learnt."""
+    env = mode.shape_env
+    if env is None:
         yield
+    elif hasattr(env, "error_on_new_guards"):
+        with env.error_on_new_guards():
+            yield
+    else:  # older: guards of an environment that Dynamo is done with are ignored, and counted
+        before = env.counter["ignored_backward_guard"]
+        yield
+        if env.counter["ignored_backward_guard"] != before:
+            raise RuntimeError("a guard was attempted after Dynamo's guards were made")
 
 
 def same_schema(overload: OpOverload, schema: str) -> bool:

@@ -18,7 +18,7 @@ from graphopt import autocast, torch_private
 from graphopt import graph as g
 from graphopt.errors import CaptureRefused
 
-# Where a source of Dynamo begins: a variable, or an item of one (`L['args'][0]` behind a decorator of forward).
+# Where a source of Dynamo begins: a variable, or an item of one (`L['args'][0]`: forward has a decorator).
 ROOT = r"[LG]\['\w+'\](?:\[\d+\])*"
 
 # Calls that are recorded and that mean nothing for inference. `inference_mode` inside a graph only marks

@@ -234,6 +234,14 @@ class WeightStore:
                     self._entries.pop(key, None)
             self._forget_sets()
 
+    def drop(self, plans: Set[str]) -> None:
+        """Let go of what plans of these hashes made, as no program needs it; not of a source's only form."""
+        with self._lock:
+            for key, entry in list(self._entries.items()):
+                only = any(ownership.is_stand_in(ref()) for ref in entry.watch)
+                if key[0] in plans and not only and all(version != ANY for version, _ in entry.state):
+                    self._entries.pop(key, None)
+
     def look_again(self) -> None:
         """The next call of each program looks every weight up, and releases what it may."""
         with self._lock:

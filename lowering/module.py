@@ -61,7 +61,9 @@ class Lower:
         parts = roles(gm.graph)  # by schemas, which kernels do not have
         g.eliminate_dead_code(gm.graph)  # the last: kernels are plain functions, of which it knows nothing
         bind_collectives(gm.graph, ctx.mesh)
-        select(gm.graph, ctx.kernels, target, ctx.observers)
+        if ctx.ledger:
+            ctx.ledger.see(gm)
+        select(gm.graph, ctx.kernels, target, ctx.observers, ctx.deny, ctx.ledger)
         keep_output_strides(gm)
         call_directly(gm.graph)
         gm.recompile()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Sequence, Set
 
 import torch
 from torch import fx
@@ -10,8 +11,9 @@ from torch import fx
 from graphopt import graph as g
 from graphopt import ops, torch_private
 from graphopt.kernel import GPU, Kernel
+from graphopt.ledger import Ledger
 from graphopt.observe import KernelChosen, Observer, emit
-from graphopt.rewrite import fake_result
+from graphopt.rewrite import Match, fake_result
 from graphopt.targets import TARGETS
 
 REFERENCE = "reference"
@@ -21,12 +23,17 @@ REFERENCES: dict[object, tuple[str, Callable[..., object]]] = {
 
 
 def select(
-    graph: fx.Graph, kernels: Sequence[Kernel], target: str, observers: Sequence[Observer] = ()
+    graph: fx.Graph,
+    kernels: Sequence[Kernel],
+    target: str,
+    observers: Sequence[Observer] = (),
+    deny: Set[str] = frozenset(),
+    ledger: Ledger | None = None,
 ) -> int:
     """op(...) -> launch(...): each op's node calls its kernel's launcher instead; returns how many.
 
     Emits a `KernelChosen` for each node, with the refusals of the kernels tried before. The chosen name is
-    kept in `meta["kernel"]`.
+    kept in `meta["kernel"]`. Kernels whose `identity` at a node is denied are not chosen there.
     """
     by_op = for_target(kernels, target)
     chosen = 0
@@ -34,8 +41,13 @@ def select(
         if node.op != "call_function" or node.target not in REFERENCES:
             continue
         op, reference = REFERENCES[node.target]
-        name, launch, reasons = choose(node, by_op.get(op, ()), reference)
+        name, launch, reasons = choose(node, by_op.get(op, ()), reference, deny)
+        before = ledger.took((node,)) if ledger else ()
         node.target = launch
+        if ledger and name != REFERENCE:
+            place, source = g.module_path(node), g.source(node)
+            done = Match(identity(name, node), f"kernel {name}", place, source, (node.name,), (node.name,))
+            ledger.changed(done, (launch,), before, node)
         node.meta["kernel"] = name
         emit(observers, KernelChosen(node.name, op, name, reasons))
         chosen += 1
@@ -51,14 +63,26 @@ def for_target(kernels: Sequence[Kernel], target: str) -> dict[str, list[Kernel]
     return by_op
 
 
+def identity(kernel: str, node: fx.Node) -> str:
+    """A stable id of a kernel's choice: kernel @ module path # hash of what the call reads."""
+    about = [f"{tuple(map(str, g.shape(n)))}{g.dtype(n)}" for n in g.inputs(node) if g.is_tensor(n)]
+    digest = hashlib.sha1(";".join(about).encode(), usedforsecurity=False).hexdigest()[:6]
+    return f"kernel {kernel}@{g.module_path(node) or '-'}#{digest}"
+
+
 def choose(
-    node: fx.Node, kernels: Sequence[Kernel], reference: Callable[..., object]
+    node: fx.Node,
+    kernels: Sequence[Kernel],
+    reference: Callable[..., object],
+    deny: Set[str] = frozenset(),
 ) -> tuple[str, Callable[..., object], tuple[str, ...]]:
     """The kernel's name and launcher, and why the ones before it refused."""
     reasons: list[str] = []
     elsewhere = _elsewhere(node)
     for kernel in kernels:
         reason = elsewhere or kernel.refuses(node)
+        if reason is None and deny and identity(kernel.name, node) in deny:
+            reason = "denied"
         if reason is None:
             return kernel.name, kernel.launch, tuple(reasons)
         reasons.append(f"{kernel.name}: {reason}")

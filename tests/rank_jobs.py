@@ -20,12 +20,14 @@ from torch import nn
 from transformers import PretrainedConfig
 
 import graphopt
-from graphopt import backend
+from graphopt import backend, defaults
+from graphopt.certificates import Certificates
 from graphopt.errors import GraphoptError
 from graphopt.runtime.ranks import RankError
 from tests import test_combinations
 from tests.models import zoo
 from tests.sharding.models import given, model
+from tests.verifying import wrong_translation
 
 TIMEOUT = 60  # seconds that a rank waits for another
 IN_A_BLOCK = re.compile(r"\.(layers?|h)\.\d+\.")
@@ -131,6 +133,26 @@ def saved(world: int) -> object:
     return {"far": max(far), "prepared": backend.STORE.prepared - before}
 
 
+def verified(world: int) -> object:
+    """One rank has a wrong rule: all ranks take its matches back, and none waits for another."""
+    torch.compiler.reset()
+    backend.clear_reports()
+    backend.CERTIFICATES = Certificates()
+    built, inputs = model("llama"), given("llama")
+    right = defaults.RULES
+    if dist.get_rank() == world - 1:
+        defaults.RULES = wrong_translation("torch_sdpa", lambda given: {"scale": 0.5})
+    options = {"shard": world, "verify": "first"}
+    call = torch.compile(copy.deepcopy(built), backend="graphopt", options=options)
+    with torch.no_grad():
+        far = float((call(**inputs).logits - built(**inputs).logits).abs().max())
+    defaults.RULES = right
+    found = backend.reports()[-1].verification
+    assert found is not None
+    taken, left = [t.rule for t in found.taken_back], [n.rule for n in found.not_verified]
+    return {"far": far, "judged": found.judged, "taken_back": taken, "not_verified": left}
+
+
 def another_world(world: int) -> object:
     """A number of ranks that does not run."""
     return message(lambda: graphopt.optimize(copy.deepcopy(model("llama")), shard=world + 1))
@@ -181,7 +203,7 @@ def message(call: Callable[[], object]) -> str:
 JOBS: Mapping[str, Callable[[int], object]] = {
     job.__name__: job
     for job in (
-        logits, caches, compiled, planned, generated, saved, another_world, other_options,
+        logits, caches, compiled, planned, generated, saved, verified, another_world, other_options,
         does_not_divide, left_alone,
     )
 }  # fmt: skip

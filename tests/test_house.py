@@ -20,6 +20,7 @@ FACADES = {
     "graphopt.api": "doors",
     "graphopt.artifact": "doors",
     "graphopt.backend": "doors",
+    "graphopt.live": "doors",
 }
 # `import graphopt` offers everything by name, the tools too; only its users import it.
 PACKAGE = "graphopt"

@@ -23,8 +23,8 @@ PROGRAM = ROOT / "tests" / "rank_jobs.py"
 LOGITS = 1e-4  # fp32
 KV_HEADS = {"llama": 2, "qwen3": 2, "gemma2": 2, "gpt2": 4, "bert": 4}
 JOBS = (
-    "logits", "caches", "compiled", "planned", "generated", "saved", "another_world", "other_options",
-    "does_not_divide",
+    "logits", "caches", "compiled", "planned", "generated", "saved", "verified", "another_world",
+    "other_options", "does_not_divide",
 )  # fmt: skip
 PATIENCE = 600  # seconds: 60 of a free core each, and four share two that others use
 
@@ -102,6 +102,12 @@ def test_caches_keep_the_shapes_of_one_process(two: Path) -> None:
             reduces, gathers = map(set, zip(*found[cache]["counts"], strict=True))  # type: ignore[index]
             assert reduces == {2 * LAYERS + 1}
             assert min(gathers) == 1 and max(gathers) <= 1 + 2 * LAYERS
+
+
+def test_what_fails_on_one_rank_is_taken_back_on_all(two: Path) -> None:
+    for found in results(two, "verified", 2):
+        assert isinstance(found, dict) and found["far"] < LOGITS and found["judged"] > 5
+        assert found["taken_back"] == ["torch_sdpa"] and found["not_verified"] == ["shard and what follows"]
 
 
 def test_through_torch_compile(two: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from typer.testing import CliRunner
 
 from bench import report as tables
 from bench.record import RESULTS
+from graphopt import backend
+from graphopt.certificates import Certificates
 from graphopt.tools import cli
 from graphopt.tools.explain import stages
 
@@ -28,8 +31,15 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def names() -> dict[str, object]:
-    """What the Python blocks define, run one after the other as a reader would."""
+def names(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]]:
+    """What the Python blocks define, run one after the other as a reader would; certificates go elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "CERTIFICATES", Certificates(tmp_path_factory.mktemp("verified")))
+        yield run_blocks()
+
+
+def run_blocks() -> dict[str, object]:
+    """The names that the Python blocks define."""
     torch.manual_seed(0)
     torch.compiler.reset()
     defined: dict[str, object] = {"__name__": "readme"}
@@ -47,6 +57,12 @@ def test_every_example_runs(names: dict[str, object]) -> None:
     assert names["logits"].shape == (1, 9, 100)  # type: ignore[attr-defined]
     assert names["tokens"].shape == (1, 14)  # type: ignore[attr-defined]
     assert names["attentions"] == 2
+
+
+def test_rewrites_are_verified_and_taken_back(names: dict[str, object]) -> None:
+    account = names["account"]
+    assert account.judged > 10 and not account.taken_back and not account.not_verified  # type: ignore[attr-defined]
+    torch.testing.assert_close(names["same"], names["logits_checked"])
 
 
 def test_stages_of_a_pipeline_agree(names: dict[str, object]) -> None:

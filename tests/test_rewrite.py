@@ -90,6 +90,20 @@ def test_a_denied_match_is_left_alone_and_the_others_are_made(stack: fx.GraphMod
     torch.testing.assert_close(after(*inputs)[0], stack(*inputs)[0])
 
 
+@pytest.mark.parametrize("number", range(3))
+def test_denying_one_of_several_alike_leaves_the_others_their_names(number: int) -> None:
+    """Three equal matches of one module: each can be denied for itself, swept over or not."""
+
+    def silu(x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+    mine = rule(silu, lambda x: ops.activation(x, "silu"), x=T("... n"))
+    gm = canonical(lambda x: (silu(x) + 1, silu(x * 2), silu(x * 3)), torch.randn(3, 5))
+    three = ids(rewritten(gm, (mine,))[1])
+    rest = ids(rewritten(gm, (mine,), deny=frozenset({three[number]}))[1])
+    assert rest == [i for i in three if i != three[number]]
+
+
 @pytest.mark.parametrize("fuel", [0, 1, 3, 1000])
 def test_fuel_bounds_the_matches(stack: fx.GraphModule, fuel: int) -> None:
     """With fuel n the first n matches of the full run are made: bisection goes by this."""

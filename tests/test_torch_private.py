@@ -241,6 +241,20 @@ def test_same_schema() -> None:
     assert not p.same_schema(aten.relu.default, "aten::relu(Tensor self, int dim) -> Tensor")
 
 
+def test_no_new_guards() -> None:
+    mode = p.new_fake_mode(symbolic=True)
+    size, other = p.symbolic_int(mode, "n", 7), p.symbolic_int(mode, "m", 9)
+    assert size == 7  # a guard as any
+    with p.no_new_guards(mode):
+        assert size == 7, "known already"
+        with p.no_dispatch_of(mode):
+            assert other != 7, "looking is no guard"
+    with pytest.raises(RuntimeError, match="guard"), p.no_new_guards(mode):
+        assert other == 9
+    with p.no_new_guards(p.new_fake_mode()):
+        assert torch.ones(2).sum() == 2, "nothing is symbolic"
+
+
 def test_every_function_is_tested_here() -> None:
     text = Path(__file__).read_text()
     public = [

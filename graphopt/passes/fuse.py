@@ -40,7 +40,9 @@ class Fuse:
         for stage in FUSIONS:
             rules = tuple(r for r in stage if packed or not _of_packed(r))
             watching = tuple(ctx.observers)
-            rewriter = Rewriter(gm, rules, canonicalize, watching, ctx.deny, ctx.fuel, ctx.question)
+            rewriter = Rewriter(
+                gm, rules, canonicalize, watching, ctx.deny, ctx.fuel, ctx.question, ctx.ledger
+            )
             rewriter.run()
             ctx.fuel = rewriter.fuel
         gm.recompile()

@@ -10,6 +10,7 @@ from torch import fx
 
 from graphopt import graph as g
 from graphopt import ops
+from graphopt.ledger import Ledger
 from graphopt.masks import MaskArguments, MaskForm, arguments, classify, describe
 from graphopt.observe import Matched, Observer, Refused, emit
 from graphopt.rewrite import DENIED, Match, Refusal
@@ -17,7 +18,12 @@ from graphopt.rewrite import DENIED, Match, Refusal
 RULE = "mask"
 
 
-def read_masks(gm: fx.GraphModule, observers: Sequence[Observer], deny: frozenset[str]) -> int:
+def read_masks(
+    gm: fx.GraphModule,
+    observers: Sequence[Observer],
+    deny: frozenset[str],
+    ledger: Ledger | None = None,
+) -> int:
     """Classify the mask of every attention and move what is certain into arguments; returns how many.
 
     A mask that layers share is classified, proved and rebuilt once. The caller recompiles the module.
@@ -43,6 +49,8 @@ def read_masks(gm: fx.GraphModule, observers: Sequence[Observer], deny: frozense
         if identity in deny:
             _refuse(node, "denied", DENIED, observers)
             continue
+        # How the mask is computed is a part of it: the same attention may read another mask.
+        before = (*ledger.above(mask), *ledger.took((node,))) if ledger else ()
         _apply(node, arguments(form, made))
         read += 1
         found = Match(
@@ -53,6 +61,8 @@ def read_masks(gm: fx.GraphModule, observers: Sequence[Observer], deny: frozense
             (mask.name,),
             (node.name,),
         )
+        if ledger:
+            ledger.changed(found, (classify, arguments), before, node)
         emit(observers, Matched(found))
     if read:
         g.eliminate_dead_code(gm.graph)

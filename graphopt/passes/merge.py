@@ -132,10 +132,12 @@ class _Merger:
             self.refuse(group[0], "denied" if identity in self.ctx.deny else "no fuel left")
             return
         first = group[0]
+        before = self.ctx.ledger.took(group) if self.ctx.ledger else ()
         self.hoist([a for node in group for a in node.args[1:] if isinstance(a, fx.Node)], first)
         names = tuple(n.name for n in group)
         origin = g.Origin(RULE, identity, names)
         new: list[fx.Node] = []
+        pieces: list[tuple[fx.Node, fx.Node]] = []
 
         def call(target: Callable[..., object], *args: object) -> fx.Node:
             node = self.graph.call_function(target, args)  # type: ignore[arg-type]  # nodes and plain values
@@ -158,6 +160,7 @@ class _Merger:
                 piece = call(aten.slice.Tensor, merged, -1, start, start + rows, 1)
                 piece.meta["module_path"] = g.module_path(node)
                 node.replace_all_uses_with(piece)
+                pieces.append((node, piece))
                 start += rows  # type: ignore[assignment]  # checked to be an int
         self.weights |= {n for n in (weight, bias) if n is not None}
         for node in group:
@@ -165,6 +168,8 @@ class _Merger:
         if self.ctx.fuel is not None:
             self.ctx.fuel -= 1
         match = Match(identity, RULE, parent(first), g.source(first), names, tuple(n.name for n in new))
+        if self.ctx.ledger:
+            self.ctx.ledger.rewrote(match, (_Merger.apply,), before, pieces)
         emit(self.ctx.observers, Matched(match))
 
     def hoist(self, needed: Sequence[fx.Node], place: fx.Node) -> None:

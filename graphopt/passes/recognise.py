@@ -34,10 +34,14 @@ class Recognise:
     def run(self, gm: fx.GraphModule, ctx: Context) -> None:
         """Edit `gm` in place."""
         watching = tuple(ctx.observers)
-        rewriter = Rewriter(gm, ctx.rules, canonicalize, watching, ctx.deny, ctx.fuel, ctx.question)
+        rewriter = Rewriter(
+            gm, ctx.rules, canonicalize, watching, ctx.deny, ctx.fuel, ctx.question, ctx.ledger
+        )
         rewriter.run()
         ctx.fuel = rewriter.fuel
         if dissolve_scores(gm, ctx.observers):
             g.eliminate_dead_code(gm.graph)  # a negation of a mask that is filled again
-        read_masks(gm, ctx.observers, ctx.deny)
+        if ctx.ledger:
+            ctx.ledger.see(gm)
+        read_masks(gm, ctx.observers, ctx.deny, ctx.ledger)
         gm.recompile()

@@ -103,6 +103,8 @@ class Shard:
             return
         flow = self.flow(gm.graph, ctx.deny)
         flow.settle()
+        if ctx.ledger:
+            ctx.ledger.closed = "a part of one rank's graph needs what ranks exchange to run"
         for pattern in flow.pinned.unmet():
             emit(
                 ctx.observers, Warned(f"shard: the plan's {pattern!r} is the name of no weight of this graph")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +17,7 @@ import torch.distributed as dist
 from graphopt.errors import GraphoptError, OptionError
 from graphopt.runtime.held import MARKS, Held
 
+R = TypeVar("R")
 AXIS = "tp"
 DIGEST = 16  # characters of a plan's hash
 
@@ -131,6 +135,27 @@ class Ranked:
             if reason is None:
                 raise
             raise RankError(reason) from error
+
+
+def gathered(mesh: Mesh | None, mine: list[R], read: Callable[[dict[str, Any]], R]) -> list[R]:
+    """What all ranks have, in their order, each thing once; all of them have to call this.
+
+    Args:
+        mine: frozen dataclasses, which travel as JSON.
+        read: makes one of its fields.
+
+    Raises:
+        RankError: a rank is gone, or did not come in time.
+    """
+    if mesh is None:
+        return mine
+    every: list[str] = [""] * mesh.world
+    try:
+        dist.all_gather_object(every, json.dumps([dataclasses.asdict(x) for x in mine]))  # type: ignore[call-overload]  # a dataclass
+    except RuntimeError as error:
+        raise RankError(lost(mesh, error) or str(error)) from error
+    found = [read(fields) for text in every for fields in json.loads(text)]
+    return list(dict.fromkeys(found))
 
 
 def lost(mesh: Mesh, error: RuntimeError) -> str | None:
