@@ -37,9 +37,12 @@ class Fuse:
     def run(self, gm: fx.GraphModule, ctx: Context) -> None:
         """Edit `gm` in place."""
         packed = any(g.is_call(n, ops.linear_int8.overload) for n in gm.graph.nodes)
+        ids: dict[str, int] = {}
+        kept: dict[tuple[str, fx.Node], str] = {}
         for stage in FUSIONS:
             rules = tuple(r for r in stage if packed or not _of_packed(r))
             rewriter = Rewriter(gm, rules, canonicalize, tuple(ctx.observers), ctx.deny, ctx.fuel, ctx.ledger)
+            rewriter.ids, rewriter.kept = ids, kept  # a rule may stand in several stages
             rewriter.run()
             ctx.fuel = rewriter.fuel
         gm.recompile()
