@@ -139,7 +139,7 @@ class Guarded:
         try:
             return self.run(*args)
         except Exception as error:
-            return self._recover(args, error, self.writes)
+            return self._recover(args, error)
 
     def _run_anew(self, args: tuple[object, ...]) -> object:
         """Let the program be verified or built again, and run what came out."""
@@ -148,7 +148,7 @@ class Guarded:
         except (StrictError, ExpectError):
             raise
         except Exception as error:
-            return self._recover(args, error, False)
+            return self._recover(args, error, ran=False)
         self._look()
         try:
             if STORE.owners:
@@ -159,7 +159,7 @@ class Guarded:
                 self._look()
             raise
         except Exception as error:
-            return self._recover(args, error, self.writes)
+            return self._recover(args, error)
         self.live.settle()
         return result
 
@@ -177,8 +177,9 @@ class Guarded:
             STORE.admit(args if self.run is self.original else reads)
             self._admitted[identities] = generation
 
-    def _recover(self, args: tuple[object, ...], error: Exception, halfway: bool) -> object:
-        """The original's result, if it has one; `halfway`: inputs may have been written already."""
+    def _recover(self, args: tuple[object, ...], error: Exception, *, ran: bool = True) -> object:
+        """The original's result, if it has one; unless our program `ran`, inputs are what they were."""
+        halfway = ran and self.writes
         if self.run is self.original or halfway or _is_bad_weight(error) or isinstance(error, RankError):
             raise error
         if isinstance(error, ReleasedError):
