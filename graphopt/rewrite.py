@@ -89,6 +89,7 @@ class Rewriter:
             applied += changed
             if not changed:
                 break
+            g.eliminate_dead_code(self.gm.graph)  # what a translation left unread would count as a reader
         else:
             raise RuntimeError(
                 f"the rules still change the graph after {SWEEP_BOUND} sweeps; two of them undo each other"
@@ -108,7 +109,8 @@ class Rewriter:
         targets = {n.target for n in self.gm.graph.nodes if n.op == "call_function"}
         for rule in self.rules:
             if isinstance(rule, Translation):
-                found.setdefault(rule.target, []).append(rule)
+                for target in rule.targets(targets):
+                    found.setdefault(target, []).append(rule)
             elif needed_targets(rule, self.canonicalise) <= targets:
                 for variant in variants(rule, dtypes, self.canonicalise):
                     found.setdefault(variant.anchor.target, []).append(variant)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,7 @@ from graphopt.passes.view_spellings import (
     narrow,
     permute,
     pieces,
+    repeat_interleave,
     reshape,
     select,
     slice_,
@@ -194,6 +196,23 @@ def addmm(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> 
     return s.emit(aten.linear.default, (x, flipped, bias), {}, g.val(node), node)
 
 
+def index_put(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """index_put(empty, [order], arange) -> argsort(order), where order is a sort's: its inverse"""
+    into, indices, values, accumulate = args
+    order = indices[0] if len(indices) == 1 else None
+    sorted_by = order is not None and order.target is operator.getitem and order.args[1] == 1
+    if not sorted_by or not g.is_call(order.args[0], aten.sort.default) or accumulate:
+        return s.generic(node, args, kwargs)
+    counted = g.is_call(values, aten.arange.default) or g.is_call(values, aten.arange.start)
+    start = g.arg(values, "start") if g.is_call(values, aten.arange.start) else 0
+    same = g.rank(order) == 1 and all(
+        g.same_shape(g.shape(x), g.shape(order)) and g.dtype(x) == torch.int64 for x in (into, values)
+    )
+    if not counted or start != 0 or not same:
+        return s.generic(node, args, kwargs)
+    return s.emit(aten.argsort.default, (order, -1, False), {}, g.val(node), node)
+
+
 def cat(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
     """cat([x, empty], dim) -> x: an empty cache of shape [0] is what a first call concatenates"""
     tensors, dim = args
@@ -243,8 +262,6 @@ def dropout(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -
 
 
 def _table() -> dict[object, Spelling]:
-    import operator
-
     table: dict[object, Spelling] = {operator.getitem: getitem}
 
     def row(spelling: Spelling, *names: str) -> None:
@@ -267,6 +284,7 @@ def _table() -> dict[object, Spelling]:
     row(reshape, "view_copy", "unsqueeze_copy")
     table.update(dict.fromkeys(PERMUTATIONS, permute))
     table.update(dict.fromkeys(EXPANDS, expand))
+    row(repeat_interleave, "repeat_interleave.self_int")
     row(slice_, "slice.Tensor")
     row(narrow, "narrow")
     row(select, "select.int")
@@ -306,6 +324,7 @@ def _table() -> dict[object, Spelling]:
     row(logical(aten.logical_not.default), "bitwise_not", "logical_not")
     row(matmul, "matmul", "mm", "bmm")
     row(addmm, "addmm")
+    row(index_put, "index_put")
     row(cat, "cat", "concat", "concatenate")
     row(stack, "stack")
     row(attention, "scaled_dot_product_attention")

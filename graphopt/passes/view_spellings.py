@@ -54,6 +54,25 @@ def expand(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) ->
     return s.emit(aten.expand.default, (args[0], s.sizes(value.shape)), {"implicit": False}, value, node)
 
 
+def repeat_interleave(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """repeat_interleave(x, n, dim) -> reshape(expand(reshape(x, [.., size, 1, ..]), [.., size, n, ..]))"""
+    x, repeats, dim = args[:3]
+    value, old = g.val(node), g.tensor(x)
+    if dim is None or old is None or (isinstance(repeats, fx.Node) and g.is_tensor(repeats)):
+        return s.generic(node, args, kwargs)
+    assert isinstance(value, torch.Tensor)
+    if g.same_size(old.shape[dim], value.shape[dim]):
+        return x
+    at = dim % g.rank(x) + 1
+    count = g.val(repeats) if isinstance(repeats, fx.Node) else repeats
+    column = old.unsqueeze(at)
+    copies = column.expand([*column.shape[:at], count, *column.shape[at + 1 :]])
+    spread = s.reshape(x, column, node)
+    assert isinstance(spread, fx.Node)
+    spread = s.emit(aten.expand.default, (spread, s.sizes(copies.shape)), {"implicit": False}, copies, node)
+    return s.reshape(spread, value, node)
+
+
 def slice_(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
     """slice(x, dim, None, maxint) -> slice(x, dim - rank, 0, size, 1); a slice of everything goes."""
     x, dim, start, end, step = args
