@@ -213,10 +213,18 @@ def index_put(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object])
     return s.emit(aten.argsort.default, (order, -1, False), {}, g.val(node), node)
 
 
+def _empty(x: fx.Node, dim: int) -> bool:
+    """Whether a tensor adds nothing to a concatenation: torch lets one of shape [0] stand among any others."""
+    size = g.shape(x)[dim] if g.rank(x) > 1 else g.shape(x)[0]
+    return isinstance(size, int) and size == 0
+
+
 def cat(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """cat([x, empty], dim) -> x: an empty cache of shape [0] is what a first call concatenates"""
+    """cat([x, empty], dim) -> x: an empty cache of shape [0] is what a first call concatenates, and an empty
+    rest what a rope of whole heads does
+    """
     tensors, dim = args
-    kept = [t for t in tensors if not (g.rank(t) == 1 and g.shape(t)[0] == 0)] or list(tensors[:1])
+    kept = [t for t in tensors if not _empty(t, dim)] or list(tensors[:1])
     if functools.reduce(torch.promote_types, map(g.dtype, kept)) != g.dtype(node):
         kept = list(tensors)  # the empty one decides the dtype
     if len(kept) == 1 and g.dtype(kept[0]) == g.dtype(node):
