@@ -59,7 +59,7 @@ def experts(
         else:
             h = ACTIVATIONS[kind](h)
         result[places] = F.linear(h, down[e], _of(down_bias, e))
-    result = result.view(tokens, chosen, -1)
+    result = result.view(tokens, chosen, down.shape[1])
     if routing is not None:
         result = result * routing.unsqueeze(-1)
     return result.sum(1).to(x.dtype)
