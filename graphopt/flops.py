@@ -168,7 +168,7 @@ def _expert_matmul(node: fx.Node) -> int:
 
 
 def _experts(node: fx.Node) -> int:
-    """ids [T, k] choose of gate_up [E, rows, H] and down [E, N, I]: two products and what is between, k times."""
+    """ids [T, k] choose of gate_up [E, rows, H] and down [E, N, I]: k times two products and their middle."""
     rows, width = _shape(node, "gate_up")[1:]
     out, inner = _shape(node, "down")[1:]
     biases = _given(node, "gate_up_bias") * rows + _given(node, "down_bias") * out

@@ -1,4 +1,4 @@
-"""Experts on CPU: rows sorted by the expert that they choose, one pair of ATen products an expert that is hit."""
+"""Experts on CPU: rows sorted by the expert that they choose, two ATen products for each that is chosen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from graphopt.ops.mlp import ACTIVATIONS
 
 
 def _hit(ids: torch.Tensor, experts: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each expert that is chosen, with the places in the flat ids that choose it; ids outside are left out."""
+    """Each expert that is chosen, with the places of the flat ids that choose it; others are left out."""
     values, order = torch.sort(ids.reshape(-1))
     ends = torch.searchsorted(values, torch.arange(experts + 1)).tolist()
     for e in range(experts):
@@ -118,12 +118,12 @@ CASES = (
     ),
     Case("not gated", (Tensor((5, 24)), _ids(5, 2, 4), None, *_weights(4, 10, 10, 24, 24), "relu2", False)),
     Case("one token", (Tensor((1, 24)), _ids(1, 1, 4), Tensor((1, 1)), *_weights(4, 20, 10, 24, 24), "silu")),
-    Case(
-        "no tokens", (Tensor((0, 24)), _ids(0, 2, 4), Tensor((0, 2)), *_weights(4, 20, 10, 24, 24), "silu")
-    ),
+    Case("no tokens", (Tensor((0, 24)), _ids(0, 2, 4), Tensor((0, 2)), *_weights(4, 20, 10, 24, 24), "silu")),
 )
 
 KERNELS = (
     Kernel("experts", "experts_sorted", experts, never, "cpu", CASES, CASES),
-    Kernel("expert_matmul", "expert_matmul_sorted", expert_matmul, never, "cpu", PRODUCT_CASES, PRODUCT_CASES),
+    Kernel(
+        "expert_matmul", "expert_matmul_sorted", expert_matmul, never, "cpu", PRODUCT_CASES, PRODUCT_CASES
+    ),
 )

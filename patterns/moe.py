@@ -1,4 +1,4 @@
-"""Experts on stacked weights: each row's products with the matrix it chooses, the MLPs of them, the routed sum."""
+"""Experts on stacked weights: rows times the matrix that each chooses, MLPs of those, the routed sum."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from graphopt import graph as g
 from graphopt import ops
-from graphopt.rule import Float, T, Text, rule
+from graphopt.rule import Float, Rule, Spec, T, Text, rule
 from graphopt.translate import Arguments, Translation
 
 aten = torch.ops.aten
@@ -73,7 +73,7 @@ def biased_product(x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor) -> Tens
     return ops.expert_matmul(x, weight, ids) + bias[ids]
 
 
-# -------------------------------------------------------------------------------------------- MLPs, row by row
+# ------------------------------------------------------------------------------------------- MLPs, row by row
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,12 +185,10 @@ def grouped_routing_of_plain_experts(
 
 
 def _routed(gated: bool) -> Callable[..., Tensor]:
-    return lambda x, ids, routing, gate_up, down: ops.experts(
-        x, ids, routing, gate_up, down, "silu", gated
-    )
+    return lambda x, ids, routing, gate_up, down: ops.experts(x, ids, routing, gate_up, down, "silu", gated)
 
 
-_ROWS = {
+_ROWS: Mapping[str, Spec] = {
     "x": T("s h"),
     "ids": T("s", "int64", below="e"),
     "up_bias": T("e 2*i", optional=True),
@@ -199,22 +197,21 @@ _ROWS = {
     "down_bias": T("e n", optional=True),
     "kind": Text("quick_gelu"),
 }
-_PLAIN = _ROWS | {"up": T("e h i"), "up_bias": T("e i", optional=True)}
+_PLAIN: Mapping[str, Spec] = {**_ROWS, "up": T("e h i"), "up_bias": T("e i", optional=True)}
 _LIMIT, _OFFSET = Float(7.0), Float(1.0)
-_PRODUCT = {"x": T("s k"), "weight": T("e k n"), "ids": T("s", "int64", below="e")}
-_ROUTED = {
+_PRODUCT: Mapping[str, Spec] = {"x": T("s k"), "weight": T("e k n"), "ids": T("s", "int64", below="e")}
+_ROUTED: Mapping[str, Spec] = {
     "x": T("t h"),
     "ids": T("t k", "int64", below="e"),
     "routing": T("t k", "W"),
     "gate_up": T("e 2*i h"),
     "down": T("e n i"),
 }
-_PLAIN_ROUTED = _ROUTED | {"gate_up": T("e i h")}
+_PLAIN_ROUTED: Mapping[str, Spec] = {**_ROUTED, "gate_up": T("e i h")}
 _CARRIED = ("kind", "interleaved", "gate_up_bias", "down_bias", "limit", "up_offset")
 
 
-
-RULES = (
+RULES: tuple[Rule | Translation, ...] = (
     Translation(
         "torch_grouped_mm", "aten::_grouped_mm", ops.expert_matmul.overload, grouped_product("self", "mat2")
     ),
@@ -227,7 +224,7 @@ RULES = (
     rule(
         batched_product,
         lambda x, weight, ids: ops.expert_matmul(x, weight.transpose(1, 2), ids),
-        _PRODUCT | {"weight": T("e n k")},
+        {**_PRODUCT, "weight": T("e n k")},
     ),
     rule(batched_transposed_product, lambda x, weight, ids: ops.expert_matmul(x, weight, ids), _PRODUCT),
     rule(biased_product, ops.expert_matmul, _PRODUCT, bias=T("e n")),
@@ -236,7 +233,10 @@ RULES = (
     rule(clamped_expert_rows, _rows(True), _ROWS, limit=_LIMIT),
     rule(shifted_expert_rows, _rows(True), _ROWS, limit=_LIMIT, up_offset=_OFFSET),
     rule(gpt_oss_expert_rows, _rows(True, interleaved=True), _ROWS, limit=_LIMIT, up_offset=_OFFSET),
-    *(rule(routing, _routed(True), _ROUTED, carry=_CARRIED) for routing in (batched_routing, grouped_routing)),
+    *(
+        rule(routing, _routed(True), _ROUTED, carry=_CARRIED)
+        for routing in (batched_routing, grouped_routing)
+    ),
     *(
         rule(routing, _routed(False), _PLAIN_ROUTED, carry=_CARRIED)
         for routing in (batched_routing_of_plain_experts, grouped_routing_of_plain_experts)

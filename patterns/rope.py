@@ -63,7 +63,7 @@ def _spread(half: Tensor) -> Tensor:
 
 
 def gptj_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Neighbouring pairs of [batch, length, heads, head_dim], then heads first; cos and sin hold each angle once"""
+    """Neighbouring pairs of [batch, length, heads, head_dim], then heads first; each angle once in tables"""
     c, s = _spread(cos.unsqueeze(2)), _spread(sin.unsqueeze(2))
     turned_q, turned_k = q * c + _pair_turned(q) * s, k * c + _pair_turned(k) * s
     return turned_q.transpose(1, 2), turned_k.transpose(1, 2)
@@ -92,7 +92,7 @@ def _turned_halves(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> T
 
 
 def deepseek_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs are neighbours before and halves after; of tables with each angle twice, the first half is read"""
+    """Pairs are neighbours before and halves after; of tables with each angle twice, one half is read"""
     c, s = cos[..., : cos.shape[-1] // 2].unsqueeze(1), sin[..., : sin.shape[-1] // 2].unsqueeze(1)
     turned_q = _turned_halves(q[..., ::2], q[..., 1::2], c, s)
     turned_k = _turned_halves(k[..., ::2], k[..., 1::2], c, s)

@@ -260,7 +260,9 @@ def expert_cases() -> list[Case]:
         biases = lambda d, e=e, i=i, n=n: (rand(e, 2 * i, dtype=d), rand(e, n, dtype=d))
         label = f"{(t, k, e, h, i, n)}"
         cases += [
-            Case(ops.experts, label, lambda d, x=x, ids=ids, s=share, w=pair: (x(d), ids, s(d), *w(d), "silu")),
+            Case(
+                ops.experts, label, lambda d, x=x, ids=ids, s=share, w=pair: (x(d), ids, s(d), *w(d), "silu")
+            ),
             Case(
                 ops.experts,
                 f"{label} limited",

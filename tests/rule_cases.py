@@ -23,10 +23,10 @@ TRANSLATIONS = tuple(r for r in RULES if isinstance(r, Translation))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Sizes by name. Heads are even where a rope halves them; a cache is longer than what is written to it.
-TIDY = {"b": 2, "h": 4, "hk": 2, "g": 3, "s": 4, "t": 6, "l": 8, "d": 8, "e": 10, "n": 16, "k": 12, "i": 5, "r": 3}
-TIDY |= {"rotary": 4, "batch": 2, "length": 4, "j": 3}  # j groups of k
-UGLY = {"b": 3, "h": 5, "hk": 3, "g": 2, "s": 3, "t": 7, "l": 9, "d": 6, "e": 11, "n": 13, "k": 5, "i": 7, "r": 2}
-UGLY |= {"rotary": 2, "batch": 3, "length": 7, "j": 1}
+TIDY = {"b": 2, "h": 4, "hk": 2, "g": 3, "s": 4, "t": 6, "l": 8, "d": 8, "e": 10, "n": 16, "k": 12}
+TIDY |= {"rotary": 4, "batch": 2, "length": 4, "i": 5, "r": 3, "j": 3}  # j groups of k
+UGLY = {"b": 3, "h": 5, "hk": 3, "g": 2, "s": 3, "t": 7, "l": 9, "d": 6, "e": 11, "n": 13, "k": 5}
+UGLY |= {"rotary": 2, "batch": 3, "length": 7, "i": 7, "r": 2, "j": 1}
 # All alike: the only sizes at which a wrong axis or permutation gives a graph that runs.
 SQUARE = dict.fromkeys(TIDY, 4) | {"hk": 2, "g": 2, "rotary": 2, "batch": 2, "length": 2, "r": 1}
 LOWEST = frozenset(torch.finfo(d).min for d in DTYPES)  # what a hidden score is filled with

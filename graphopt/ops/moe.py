@@ -156,7 +156,7 @@ def experts(
 def expert_activation(
     h: Tensor, kind: str, gated: bool, interleaved: bool, limit: float | None, up_offset: float
 ) -> Tensor:
-    """What stands between an expert's two products, in h's own dtype: h [.., 2 * I] (or [.., I]) -> [.., I]."""
+    """What stands between an expert's two products, in h's dtype: h [.., 2 * I] (or [.., I]) -> [.., I]."""
     if not gated:
         return act(h, kind)
     half = h.shape[-1] // 2

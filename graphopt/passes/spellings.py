@@ -196,12 +196,18 @@ def addmm(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> 
     return s.emit(aten.linear.default, (x, flipped, bias), {}, g.val(node), node)
 
 
+def _is_order(x: object) -> bool:
+    """Whether a value is a permutation: the indices that a sort returns."""
+    if not isinstance(x, fx.Node) or x.target is not operator.getitem or x.args[1] != 1:
+        return False
+    return g.is_call(x.args[0], aten.sort.default)
+
+
 def index_put(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
     """index_put(empty, [order], arange) -> argsort(order), where order is a sort's: its inverse"""
     into, indices, values, accumulate = args
-    order = indices[0] if len(indices) == 1 else None
-    sorted_by = order is not None and order.target is operator.getitem and order.args[1] == 1
-    if not sorted_by or not g.is_call(order.args[0], aten.sort.default) or accumulate:
+    order = indices[0]
+    if accumulate or len(indices) != 1 or not _is_order(order):
         return s.generic(node, args, kwargs)
     counted = g.is_call(values, aten.arange.default) or g.is_call(values, aten.arange.start)
     start = g.arg(values, "start") if g.is_call(values, aten.arange.start) else 0
@@ -214,7 +220,7 @@ def index_put(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object])
 
 
 def _empty(x: fx.Node, dim: int) -> bool:
-    """Whether a tensor adds nothing to a concatenation: torch lets one of shape [0] stand among any others."""
+    """Whether a tensor adds nothing to a concatenation: one of shape [0] may stand among any others."""
     size = g.shape(x)[dim] if g.rank(x) > 1 else g.shape(x)[0]
     return isinstance(size, int) and size == 0
 

@@ -55,22 +55,10 @@ def expand(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) ->
 
 
 def repeat_interleave(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """repeat_interleave(x, n, dim) -> reshape(expand(reshape(x, [.., size, 1, ..]), [.., size, n, ..]))"""
-    x, repeats, dim = args[:3]
-    value, old = g.val(node), g.tensor(x)
-    if dim is None or old is None or (isinstance(repeats, fx.Node) and g.is_tensor(repeats)):
-        return s.generic(node, args, kwargs)
-    assert isinstance(value, torch.Tensor)
-    if g.same_size(old.shape[dim], value.shape[dim]):
-        return x
-    at = dim % g.rank(x) + 1
-    count = g.val(repeats) if isinstance(repeats, fx.Node) else repeats
-    column = old.unsqueeze(at)
-    copies = column.expand([*column.shape[:at], count, *column.shape[at + 1 :]])
-    spread = s.reshape(x, column, node)
-    assert isinstance(spread, fx.Node)
-    spread = s.emit(aten.expand.default, (spread, s.sizes(copies.shape)), {"implicit": False}, copies, node)
-    return s.reshape(spread, value, node)
+    """repeat_interleave(x, 1, dim) -> x"""
+    if args[2] is not None and g.same_shape(g.shape(args[0]), g.shape(node)):
+        return args[0]
+    return s.generic(node, args, kwargs)
 
 
 def slice_(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
