@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -131,6 +131,7 @@ def _raise_call(raised: fx.Graph, node: fx.Node, env: Mapping[fx.Node, fx.Node])
     new = raised.node_copy(node, env.__getitem__)
     new.args = fx.node.map_aggregate(new.args, _raise_literal)
     new.kwargs = fx.node.map_aggregate(new.kwargs, _raise_literal)
+    new.target = _FP64_FORMS.get(new.target, new.target)
     if not _makes_floats_of_none(node):
         return new
     if node.target is torch.ops.aten.where.Scalar:  # its literals become fp32, which overflows
@@ -141,6 +142,29 @@ def _raise_call(raised: fx.Graph, node: fx.Node, env: Mapping[fx.Node, fx.Node])
     elif torch.Tag.pointwise in getattr(node.target, "tags", ()):
         _cast_integers(raised, node, new)
     return raised.call_function(torch.ops.aten.to.dtype, (new, torch.float64))
+
+
+def _grouped_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """torch._grouped_mm in fp64, which it refuses: rows of x [S, K] with their group's weight [E, K, N].
+
+    Raises ValueError for the forms in which the groups are of columns or of the inner size.
+    """
+    if x.dim() != 2 or weight.dim() != 3 or offs is None or bias is not None:
+        raise ValueError(f"_grouped_mm of {x.dim()} and {weight.dim()} dimensions has no fp64 form here")
+    ends = offs.tolist()
+    pieces = [x[a:b] @ w for a, b, w in zip([0, *ends], ends, weight, strict=False)]
+    result = torch.cat(pieces)
+    return torch.cat((result, result.new_zeros((x.shape[0] - result.shape[0], result.shape[1]))))
+
+
+# Operators that take no fp64 -> functions that do.
+_FP64_FORMS: Mapping[object, Callable[..., object]] = {torch.ops.aten._grouped_mm.default: _grouped_product}
 
 
 def _makes_floats_of_none(node: fx.Node) -> bool:

@@ -12,6 +12,7 @@ from graphopt.kernels import (
     attention_split_triton,
     attention_triton,
     cache_triton,
+    experts,
     layer_norm_triton,
     linear_triton,
     mlp_triton,
@@ -34,7 +35,7 @@ from graphopt.passes.merge import Merge
 from graphopt.passes.quantize import Quantize
 from graphopt.passes.recognise import Recognise
 from graphopt.passes.shard import Shard
-from graphopt.patterns import attention, cache, linear, mlp, norm, rope, torch_ops
+from graphopt.patterns import attention, cache, linear, mlp, moe, norm, rope, torch_ops
 from graphopt.pipeline import Context, Pass, Pipeline, passes_named
 from graphopt.rule import Rule
 from graphopt.targets import CPU, target_of
@@ -46,6 +47,7 @@ RULES: tuple[Rule | Translation, ...] = (
     *norm.RULES,
     *rope.RULES,
     *mlp.RULES,
+    *moe.RULES,  # after the activations that stand between its products
     *linear.RULES,
     *attention.RULES,
     *cache.RULES,
@@ -60,6 +62,7 @@ KERNELS: tuple[Kernel, ...] = (
     *linear_kernels.KERNELS,
     *linear_int8_kernels.KERNELS,
     *mlp_kernels.KERNELS,
+    *experts.KERNELS,
     *rms_norm_triton.KERNELS,
     *layer_norm_triton.KERNELS,
     *rope_triton.KERNELS,

@@ -162,10 +162,27 @@ def _einsum(node: fx.Node) -> int:
     return 2 * math.prod(letters.values())
 
 
+def _expert_matmul(node: fx.Node) -> int:
+    """x [S, K] with one of weight [E, K, N] a row."""
+    return 2 * _result(node) * _shape(node, "x")[-1] + _given(node, "bias") * _result(node)
+
+
+def _experts(node: fx.Node) -> int:
+    """ids [T, k] choose of gate_up [E, rows, H] and down [E, N, I]: k times two products and their middle."""
+    rows, width = _shape(node, "gate_up")[1:]
+    out, inner = _shape(node, "down")[1:]
+    biases = _given(node, "gate_up_bias") * rows + _given(node, "down_bias") * out
+    one = 2 * rows * width + PER_ELEMENT["gated_activation"] * inner + 2 * out * inner + biases + out
+    return math.prod(_shape(node, "ids")) * one
+
+
 HEAVY: dict[str, Callable[[fx.Node], int]] = {
     "linear": _linear,
     "linear_int8": _product("x"),
     "fused_linear": _linear,
+    "expert_matmul": _expert_matmul,
+    "experts": _experts,
+    "aten._grouped_mm": _product("self"),
     "attention": _attention("q", "k", "v"),
     "attention_lse": _attention("q", "k", "v"),
     "aten.linear": _linear,

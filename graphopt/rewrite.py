@@ -111,6 +111,7 @@ class Rewriter:
             applied += changed
             if not changed:
                 break
+            g.eliminate_dead_code(self.gm.graph)  # what a translation left unread would count as a reader
         else:
             raise RuntimeError(
                 f"the rules still change the graph after {SWEEP_BOUND} sweeps; two of them undo each other"
@@ -130,7 +131,8 @@ class Rewriter:
         targets = {n.target for n in self.gm.graph.nodes if n.op == "call_function"}
         for rule in self.rules:
             if isinstance(rule, Translation):
-                found.setdefault(rule.target, []).append(rule)
+                for target in rule.targets(targets):
+                    found.setdefault(target, []).append(rule)
                 continue
             missing = needed_targets(rule, self.canonicalise) - targets
             if missing:  # of the first sweep: later ones have fewer of torch's operators

@@ -44,11 +44,14 @@ class T:
             ones); `"h*d"` is a product; a number is itself.
         dtype: a variable ("T", the rule's main float dtype; "W", another one), or `"bool"`, `"int64"`.
         optional: whether None also fits; the rule then has a variant with it and one without.
+        below: of integers that index a dimension: its name. The equation holds for 0 .. its size - 1, which
+            is all that a model may give; tests draw from there.
     """
 
     dims: str
     dtype: str = "T"
     optional: bool = False
+    below: str = ""
 
 
 @dataclass(frozen=True)

@@ -316,13 +316,14 @@ def _size_expressions(
 
 
 def _float_expressions(points: list[Mapping[str, float]]) -> Iterator[tuple[Symbolic, list[object]]]:
-    """f, 1 / f, f * g and f / g."""
+    """f, -f, 1 / f, f * g and f / g."""
 
     def at(function: Callable[..., float], *used: str) -> list[object]:
         return [function(*(p[n] for n in used)) for p in points]
 
     for f in points[0]:
         yield Symbolic(f, (f,)), at(lambda x: x, f)
+        yield Symbolic(f"-{f}", (f,)), at(lambda x: -x, f)
         yield Symbolic(f"1.0 / {f}", (f,)), at(lambda x: 1.0 / x, f)
     for f, h in itertools.permutations(points[0], 2):
         yield Symbolic(f"{f} * {h}", tuple(sorted((f, h)))), at(lambda x, y: x * y, f, h)

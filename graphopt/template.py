@@ -73,6 +73,9 @@ class Template:
                 if part.target is aten.reshape.default and part not in results:
                     made[part] = self.reshaped(args)
                     continue
+                if part.target is aten.permute.default and part not in results:
+                    made[part] = self.permuted(args)
+                    continue
                 if part.target is aten.logical_not.default and part not in results and _negated(args[0]):
                     made[part] = args[0].args[0]  # type: ignore[attr-defined]  # a node
                     continue
@@ -99,6 +102,20 @@ class Template:
         if len(have) == len(sizes) and all(g.equal(a, g.number(b)) for a, b in zip(have, sizes, strict=True)):
             return x
         node = self.call(aten.reshape.default, (x, sizes))
+        self.adopt(node, None, fake_result(node))
+        return node
+
+    def permuted(self, args: Sequence[object]) -> fx.Node:
+        """A template's permute in canonical form: permutations compose, the identity goes."""
+        x, dims = args
+        assert isinstance(x, fx.Node) and isinstance(dims, list)
+        if g.is_call(x, aten.permute.default):
+            inner = x.args[1]
+            dims, x = [inner[d] for d in dims], x.args[0]  # type: ignore[index]  # a list of ints
+            assert isinstance(x, fx.Node)
+        if dims == list(range(len(dims))):
+            return x
+        node = self.call(aten.permute.default, (x, dims))
         self.adopt(node, None, fake_result(node))
         return node
 

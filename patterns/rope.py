@@ -50,6 +50,55 @@ def cohere_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
     return turned_q.to(q.dtype), turned_k.to(k.dtype)
 
 
+def glm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Neighbouring pairs; of tables that hold each angle twice, the first half is spread over the pairs."""
+    half = cos.shape[-1] // 2
+    c, s = _spread(cos.unsqueeze(1)[..., :half]), _spread(sin.unsqueeze(1)[..., :half])
+    turned_q, turned_k = q * c + _pair_turned(q) * s, k * c + _pair_turned(k) * s
+    return turned_q.to(q.dtype), turned_k.to(k.dtype)
+
+
+def _spread(half: Tensor) -> Tensor:
+    return half.repeat_interleave(2, dim=-1)
+
+
+def gptj_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Neighbouring pairs of [batch, length, heads, head_dim], then heads first; each angle once in tables"""
+    c, s = _spread(cos.unsqueeze(2)), _spread(sin.unsqueeze(2))
+    turned_q, turned_k = q * c + _pair_turned(q) * s, k * c + _pair_turned(k) * s
+    return turned_q.transpose(1, 2), turned_k.transpose(1, 2)
+
+
+def gptj_partial_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """As GPT-J's, on the first 2 * r dimensions of a head, the others pass"""
+    rotary = 2 * r
+    c, s = _spread(cos.unsqueeze(2)), _spread(sin.unsqueeze(2))
+    turned = [x[..., :rotary] * c + _pair_turned(x[..., :rotary]) * s for x in (q, k)]
+    whole_q, whole_k = (torch.cat((t, x[..., rotary:]), -1) for t, x in zip(turned, (q, k), strict=True))
+    return whole_q.transpose(1, 2), whole_k.transpose(1, 2)
+
+
+def gpt_oss_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """cat(x1 * cos - x2 * sin, x2 * cos + x1 * sin) of two halves; cos and sin hold each angle once"""
+    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+    half = cos.shape[-1]
+    turned_q = _turned_halves(q[..., :half], q[..., half:], c, s)
+    turned_k = _turned_halves(k[..., :half], k[..., half:], c, s)
+    return turned_q.to(q.dtype), turned_k.to(k.dtype)
+
+
+def _turned_halves(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def deepseek_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs are neighbours before and halves after; of tables with each angle twice, one half is read"""
+    c, s = cos[..., : cos.shape[-1] // 2].unsqueeze(1), sin[..., : sin.shape[-1] // 2].unsqueeze(1)
+    turned_q = _turned_halves(q[..., ::2], q[..., 1::2], c, s)
+    turned_k = _turned_halves(k[..., ::2], k[..., 1::2], c, s)
+    return turned_q.to(q.dtype), turned_k.to(k.dtype)
+
+
 def partial_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary: int) -> tuple[Tensor, Tensor]:
     """Only the first `rotary` dimensions of a head are rotated, the others pass."""
     turned_q, turned_k = ops.rope(q[..., :rotary], k[..., :rotary], cos, sin, rotary)
@@ -71,9 +120,42 @@ def _whole(interleaved: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     return lambda q, k, cos, sin: ops.rope(q, k, cos, sin, cos.shape[-1], interleaved)
 
 
+def _glm(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = _spread(cos[..., : cos.shape[-1] // 2]), _spread(sin[..., : sin.shape[-1] // 2])
+    return ops.rope(q, k, cos, sin, q.shape[-1], True)
+
+
+def _gptj(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.rope(q.transpose(1, 2), k.transpose(1, 2), _spread(cos), _spread(sin), 2 * cos.shape[-1], True)
+
+
+def _gpt_oss(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.rope(q, k, torch.cat((cos, cos), -1), torch.cat((sin, sin), -1), q.shape[-1])
+
+
+def _deepseek(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    q, k = (torch.cat((x[..., ::2], x[..., 1::2]), -1) for x in (q, k))
+    return _gpt_oss(q, k, cos[..., : cos.shape[-1] // 2], sin[..., : sin.shape[-1] // 2])
+
+
+_TOKENS = {"cos": T("b|1 s r"), "sin": T("b|1 s r")}
+_ONCE = {"cos": T("b|1 s r", "C"), "sin": T("b|1 s r", "C")}
+
 RULES = (
     *(rule(pattern, _whole(False), _HEADS, guard=_even) for pattern in (llama_rope, upcast_rope)),
     *(rule(pattern, _whole(True), _HEADS) for pattern in (paired_rope, cohere_rope)),
+    rule(glm_rope, _glm, _HEADS, guard=_even),
+    rule(deepseek_rope, _deepseek, _HEADS, guard=_even),
+    rule(gpt_oss_rope, _gpt_oss, _ONCE, q=T("b h s 2*r"), k=T("b hk s 2*r")),
+    rule(gptj_rope, _gptj, _TOKENS, q=T("b s h 2*r"), k=T("b s hk 2*r")),
+    rule(
+        gptj_partial_rope,
+        lambda q, k, cos, sin, r: _gptj(q, k, cos, sin),
+        _TOKENS,
+        q=T("b s h d"),
+        k=T("b s hk d"),
+        r=Int(3),
+    ),
     rule(
         partial_rope,
         lambda q, k, cos, sin, rotary: ops.rope(q, k, cos, sin, rotary),

@@ -242,6 +242,54 @@ def linear_cases() -> list[Case]:
     return cases
 
 
+def expert_cases() -> list[Case]:
+    """Experts at (T, k, E, H, I, N), gated and not, with and without what else there is; rows by matrix."""
+    cases = []
+    for t, k, e, h, i, n in (
+        (6, 2, 4, 16, 8, 16),
+        (7, 3, 5, 13, 5, 11),
+        (1, 1, 1, 1, 1, 1),
+        (0, 2, 4, 8, 6, 8),
+        (3, 0, 4, 8, 6, 8),
+    ):
+        x = lambda d, t=t, h=h: rand(t, h, dtype=d)
+        ids = (rand(t, k) * 7).long().abs() % e
+        share = lambda d, t=t, k=k: rand(t, k, dtype=d)
+        pair = lambda d, e=e, h=h, i=i, n=n: (rand(e, 2 * i, h, dtype=d), rand(e, n, i, dtype=d))
+        plain = lambda d, e=e, h=h, i=i, n=n: (rand(e, i, h, dtype=d), rand(e, n, i, dtype=d))
+        biases = lambda d, e=e, i=i, n=n: (rand(e, 2 * i, dtype=d), rand(e, n, dtype=d))
+        label = f"{(t, k, e, h, i, n)}"
+        cases += [
+            Case(
+                ops.experts, label, lambda d, x=x, ids=ids, s=share, w=pair: (x(d), ids, s(d), *w(d), "silu")
+            ),
+            Case(
+                ops.experts,
+                f"{label} limited",
+                lambda d, x=x, ids=ids, s=share, w=pair, b=biases: (
+                    *(x(d), ids, s(F32), *w(d), "quick_gelu", True, True, *b(d), 1.5, 1.0),
+                ),
+            ),
+            Case(
+                ops.experts,
+                f"{label} plain",
+                lambda d, x=x, ids=ids, w=plain: (x(d), ids, None, *w(d), "relu2", False),
+            ),
+        ]
+        if k:
+            rows, some = ids[:, 0], lambda d, e=e, n=n: rand(e, n, dtype=d)
+            w = lambda d, e=e, h=h, n=n: rand(e, h, n, dtype=d)
+            cases += [
+                Case(ops.expert_matmul, label, lambda d, x=x, w=w, rows=rows: (x(d), w(d), rows)),
+                Case(
+                    ops.expert_matmul,
+                    f"{label} biased",
+                    lambda d, x=x, w=w, rows=rows, b=some: (x(d), w(d), rows, b(d)),
+                ),
+            ]
+    return cases
+
+
 def quantized_cases() -> list[Case]:
     """Weights [N, K] in groups, and linears on them at x [..., K]."""
     cases = []
@@ -330,6 +378,7 @@ CASES = [
     *attention_cases(),
     *scores_cases(),
     *linear_cases(),
+    *expert_cases(),
     *quantized_cases(),
     *cache_cases(),
     *write_cases(),

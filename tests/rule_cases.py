@@ -24,14 +24,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Sizes by name. Heads are even where a rope halves them; a cache is longer than what is written to it.
 TIDY = {"b": 2, "h": 4, "hk": 2, "g": 3, "s": 4, "t": 6, "l": 8, "d": 8, "e": 10, "n": 16, "k": 12}
-TIDY |= {"rotary": 4, "batch": 2, "length": 4, "j": 3}  # j groups of k
+TIDY |= {"rotary": 4, "batch": 2, "length": 4, "i": 5, "r": 3, "j": 3}  # j groups of k
 UGLY = {"b": 3, "h": 5, "hk": 3, "g": 2, "s": 3, "t": 7, "l": 9, "d": 6, "e": 11, "n": 13, "k": 5}
-UGLY |= {"rotary": 2, "batch": 3, "length": 7, "j": 1}
+UGLY |= {"rotary": 2, "batch": 3, "length": 7, "i": 7, "r": 2, "j": 1}
 # All alike: the only sizes at which a wrong axis or permutation gives a graph that runs.
-SQUARE = dict.fromkeys(TIDY, 4) | {"hk": 2, "g": 2, "rotary": 2, "batch": 2, "length": 2}
+SQUARE = dict.fromkeys(TIDY, 4) | {"hk": 2, "g": 2, "rotary": 2, "batch": 2, "length": 2, "r": 1}
 LOWEST = frozenset(torch.finfo(d).min for d in DTYPES)  # what a hidden score is filled with
 # Rules with a constant that is rounded to fewer digits than fp64 has; their guard refuses fp64.
 ROUNDED = frozenset({"bloom_gelu"})
+# Matrices that rows pass one after the other: results stay near 1, so that rounding shows at its true size.
+SCALES = {"up": 0.25, "gate_up": 0.25, "down": 0.25}
 # What a pattern needs around it before its guard lets it fire.
 AROUND: Mapping[str, Callable[[Tensor], Tensor]] = {
     "product_scores": lambda scores: torch.softmax(scores, -1)
@@ -119,7 +121,8 @@ def arguments(rule: Rule, at: Point, absent: Sequence[str] = ()) -> dict[str, ob
         if name in absent:
             found[name] = None
         elif isinstance(spec, T):
-            found[name] = _tensor(at.shape(spec), at.dtype(spec), random)
+            below = at.sizes[spec.below] if spec.below else None
+            found[name] = _tensor(at.shape(spec), at.dtype(spec), random, below) * SCALES.get(name, 1)
         elif isinstance(spec, Float):
             found[name] = spec.sample * (1.0 + 0.0625 * (i + 1))  # exact in every dtype where the sample is
         elif isinstance(spec, Text):
@@ -129,8 +132,12 @@ def arguments(rule: Rule, at: Point, absent: Sequence[str] = ()) -> dict[str, ob
     return found
 
 
-def _tensor(shape: tuple[int, ...], dtype: torch.dtype, random: torch.Generator) -> Tensor:
-    """Normal numbers, coin flips, or as int64 distinct positions."""
+def _tensor(
+    shape: tuple[int, ...], dtype: torch.dtype, random: torch.Generator, below: int | None = None
+) -> Tensor:
+    """Normal numbers, coin flips, or as int64 distinct positions or indices below a size."""
+    if below is not None:
+        return torch.randint(below, shape, generator=random, dtype=dtype)
     if dtype.is_floating_point:
         return torch.randn(shape, generator=random, dtype=torch.float32).to(dtype)
     if dtype == torch.bool:
@@ -211,6 +218,23 @@ def _rope_arguments(v: Values) -> tuple[dict[str, object], list[dict[str, object
     return {"interleaved": False}, [{"interleaved": True}]
 
 
+def _experts_arguments(v: Values) -> tuple[dict[str, object], list[dict[str, object]]]:
+    gate_up, down = v["gate_up"], v["down"]
+    assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+    random = torch.Generator().manual_seed(15)
+    plain = {"kind": "silu", "interleaved": False, "limit": None, "up_offset": 0.0}
+    plain |= {"gate_up_bias": None, "down_bias": None}
+    biases = {
+        "gate_up_bias": torch.randn(gate_up.shape[:2], generator=random).to(gate_up.dtype),
+        "down_bias": torch.randn(down.shape[:2], generator=random).to(down.dtype),
+    }
+    return plain, [
+        {"kind": "gelu"},
+        biases,
+        biases | {"kind": "quick_gelu", "interleaved": True, "limit": 1.5, "up_offset": 1.0},
+    ]
+
+
 def _fused_arguments(v: Values) -> tuple[dict[str, object], list[dict[str, object]]]:
     x, weight = v["x"], v["weight"]
     assert isinstance(x, Tensor) and isinstance(weight, Tensor)
@@ -243,6 +267,7 @@ CARRIED = {
     "rms_norm": _norm_arguments,
     "layer_norm": _norm_arguments,
     "linear": _linear_arguments,
+    "experts": _experts_arguments,
     "rope": _rope_arguments,
 }
 

@@ -10,7 +10,7 @@ import torch
 from graphopt import ops
 from graphopt.accuracy import judge
 from graphopt.kernel import Case, Kernel, Tensor
-from graphopt.kernels import attention, cache, layer_norm, linear, linear_int8, mlp, rms_norm, rope
+from graphopt.kernels import attention, cache, experts, layer_norm, linear, linear_int8, mlp, rms_norm, rope
 from tests.graphs import node_of, node_of_case
 from tests.tolerances import close
 
@@ -22,6 +22,7 @@ KERNELS: tuple[Kernel, ...] = (
     *linear.KERNELS,
     *linear_int8.KERNELS,
     *mlp.KERNELS,
+    *experts.KERNELS,
     *cache.KERNELS,
 )
 ALL_CASES = [pytest.param(k, c, id=f"{k.name}-{c.name}") for k in KERNELS for c in k.cases]

@@ -181,6 +181,17 @@ def symbolic_calls() -> dict[
             (q, new, new, cos, w, k, k, at, eps),
         ),
         "cache_write": (lambda k, v, c, d, p: ops.cache_write(k, v, c, d, None, p), (new, new, k, k, one)),
+        "experts": (
+            lambda x, ids, r, u, d, e: ops.experts(x, ids, r, u, d, "silu", limit=e, up_offset=e),
+            (
+                *(fake("K", "D"), fake("K", "G", dtype=torch.int64), fake("K", "G")),
+                *(torch.cat([fake("R", "V", "D")] * 2, 1), fake("R", "H", "V"), eps),
+            ),
+        ),
+        "expert_matmul": (
+            lambda x, w, ids, b: ops.expert_matmul(x, w, ids, b),
+            (fake("K", "D"), fake("R", "D", "V"), fake("K", dtype=torch.int64), fake("R", "V")),
+        ),
         "gated_activation": (lambda x: ops.gated_activation(x, x, "relu2"), (x,)),
         "activation": (lambda x: ops.activation(x, "tanh"), (x,)),
         "all_reduce": (lambda x: ops.all_reduce(x, "tp"), (x,)),

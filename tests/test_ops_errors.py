@@ -50,6 +50,18 @@ def rope_writes(**options: object) -> object:
     return ops.rope_write(**{**plain, **options})  # type: ignore[arg-type]
 
 
+def chooses(**options: object) -> object:
+    """A call of experts at T=3, k=2, E=4, H=5, I=3, N=5, with other arguments put in."""
+    sizes = {"x": E(3, 5), "ids": torch.zeros(3, 2, dtype=INT), "routing": E(3, 2), "kind": "silu"}
+    return ops.experts(**{**sizes, "gate_up": E(4, 6, 5), "down": E(4, 5, 3), **options})  # type: ignore[arg-type]
+
+
+def multiplies(**options: object) -> object:
+    """A call of expert_matmul at S=3, K=5, E=4, N=7, with other arguments put in."""
+    sizes = {"x": E(3, 5), "weight": E(4, 5, 7), "ids": torch.zeros(3, dtype=INT)}
+    return ops.expert_matmul(**{**sizes, **options})  # type: ignore[arg-type]
+
+
 x, w = E(3, 5), E(5)
 ERRORS: dict[str, Callable[[], object]] = {
     "rms_norm: x is torch.int64; it must be floating": lambda: ops.rms_norm(E(3, 5, dtype=INT), w, 1e-6),
@@ -70,6 +82,22 @@ ERRORS: dict[str, Callable[[], object]] = {
     "gated_activation: up is torch.int64; it must be floating": lambda: ops.gated_activation(
         x, E(3, 5, dtype=INT), "silu"
     ),
+    "experts: ids is torch.float32; it must be torch.int64": lambda: chooses(ids=E(3, 2)),
+    "experts: rows of ids is 2; it must be 3": lambda: chooses(ids=E(2, 2, dtype=INT)),
+    "experts: x has 3 dimensions; it must have 2": lambda: chooses(x=E(1, 3, 5)),
+    "experts: columns of routing is 1; it must be 2": lambda: chooses(routing=E(3, 1)),
+    "experts: rows of routing is 2; it must be 3": lambda: chooses(routing=E(2, 2)),
+    "experts: last size of gate_up is 6; it must be 5": lambda: chooses(gate_up=E(4, 6, 6)),
+    "experts: rows of gate_up is 3; it must be 6": lambda: chooses(gate_up=E(4, 3, 5)),
+    "experts: experts of down is 3; it must be 4": lambda: chooses(down=E(3, 5, 3)),
+    "experts: experts of down_bias is 3; it must be 4": lambda: chooses(down_bias=E(3, 5)),
+    "experts: last size of gate_up_bias is 3; it must be 6": lambda: chooses(gate_up_bias=E(4, 3)),
+    "kind 'elu6' is not one of silu": lambda: chooses(kind="elu6"),
+    "expert_matmul: ids has 2 dimensions; it must have 1": lambda: multiplies(ids=E(3, 1, dtype=INT)),
+    "expert_matmul: last size of x is 6; it must be 5": lambda: multiplies(x=E(3, 6)),
+    "expert_matmul: weight has 2 dimensions; it must have 3": lambda: multiplies(weight=E(5, 7)),
+    "expert_matmul: experts of bias is 3; it must be 4": lambda: multiplies(bias=E(3, 7)),
+    "expert_matmul: last size of bias is 1; it must be 7": lambda: multiplies(bias=E(4, 1)),
     "linear: x is torch.int64; it must be floating": lambda: ops.linear(E(3, 5, dtype=INT), E(4, 5), None),
     "linear: weight has 1 dimensions; it must have 2": lambda: ops.linear(x, w, None),
     "linear: x has 0 dimensions; it must have at least 1": lambda: ops.linear(E(()), E(4, 5), None),

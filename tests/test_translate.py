@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import transformers.integrations.moe  # noqa: F401  # it registers grouped_mm_fallback
 from torch import Tensor
 
 from graphopt.accuracy import raise_to_fp64
@@ -27,6 +28,18 @@ GROUPS = _made((2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 6))
 ONE_KV = _made((2, 4, 3, 8), (2, 1, 5, 8), (2, 1, 5, 6))  # broadcast, with and without enable_gqa
 KEPT = torch.tensor([[True, False, True, True, False]]).expand(3, 5)
 F = torch.nn.functional
+SOME_EXPERTS = _made((7, 16), (3, 16, 24))
+
+
+def _ends(experts: int, sort: bool = True) -> Tensor:
+    """Where the groups of 7 rows end that choose 1 0 1 0 1 0 0 of `experts`."""
+    ids = torch.tensor([1, 0, 1, 0, 1, 0, 0])
+    counted = torch.sort(ids)[0] if sort else ids * 1
+    counts = torch.histc(counted.float(), bins=experts, min=0, max=experts - 1)
+    return torch.cumsum(counts, 0, dtype=torch.int32)
+
+
+FALLBACK = torch.ops.transformers.grouped_mm_fallback
 TRANSLATED: tuple[tuple[str, Callable[..., Tensor], Maker], ...] = (
     ("torch_sdpa", lambda q, k, v: F.scaled_dot_product_attention(q, k, v), HEADS),
     ("torch_sdpa", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3), HEADS),
@@ -49,10 +62,15 @@ TRANSLATED: tuple[tuple[str, Callable[..., Tensor], Maker], ...] = (
     ("torch_relu", lambda x: torch.relu(x), _made(())),
     ("torch_gelu", lambda x: F.gelu(x), _made((2, 3))),
     ("torch_gelu", lambda x: F.gelu(x, approximate="tanh"), _made((5,))),
+    ("torch_grouped_mm", lambda x, w: F.grouped_mm(x, w, offs=_ends(3)), SOME_EXPERTS),
+    ("grouped_mm_fallback", lambda x, w: FALLBACK(x, w, _ends(3)), SOME_EXPERTS),
     ("where_full", lambda x, y: torch.where(y > 0, x, torch.full([], -2.5)), _made((2, 3), (3,))),
     ("where_full", lambda x, y: torch.where(y > 0, x, torch.full_like(x, 2.5)), _made((2, 3), (2, 3))),
     ("fill_full", lambda x, y: x.masked_fill(y > 0, torch.full([], -2.5)), _made((2, 3), (3,))),
 )
+
+
+TAKEN = {"torch_grouped_mm": (torch.bfloat16,)}  # its fake refuses the others
 
 
 def test_every_translation_is_tried() -> None:
@@ -65,6 +83,8 @@ def test_every_translation_is_tried() -> None:
 def test_translation_holds(index: int, dtype: torch.dtype) -> None:
     """torch's operator and ours agree; the translation is made once and leaves nothing to translate."""
     name, program, maker = TRANSLATED[index]
+    if dtype not in TAKEN.get(name, DTYPES):
+        return
     inputs = maker(dtype)
     before = canonical(program, *inputs)
     (exact,) = raise_to_fp64(before)(*inputs)
@@ -117,6 +137,30 @@ REFUSED: tuple[tuple[str, Callable[..., Tensor], Maker, str], ...] = (
         "other is 0.1 as torch.float16: 0.0999755859375",
     ),
     ("torch_linear", lambda x, w: F.linear(x, w), _made((3, 8), (8,)), "the weight has 1 dimensions, not 2"),
+    (
+        "grouped_mm_fallback",
+        lambda x, w: FALLBACK(x, w, torch.tensor([4, 7, 7], dtype=torch.int32)),
+        SOME_EXPERTS,
+        "the ends of the groups are no cumsum",
+    ),
+    (
+        "grouped_mm_fallback",
+        lambda x, w: FALLBACK(x, w, torch.cumsum((w[:, 0, 0] * 0 + 2).int(), 0, dtype=torch.int32)),
+        SOME_EXPERTS,
+        "the sizes of the groups are no histc over the experts",
+    ),
+    (
+        "grouped_mm_fallback",
+        lambda x, w: FALLBACK(x, w, _ends(3, sort=False)),
+        SOME_EXPERTS,
+        "the ids that are counted are not sorted",
+    ),
+    (
+        "grouped_mm_fallback",
+        lambda x, w: FALLBACK(x, w, torch.cumsum(torch.histc(x[:, 0], 3, -1, 2), 0, dtype=torch.int32)),
+        SOME_EXPERTS,
+        "histc counts (3, -1, 2), not (bins, min, max) = (3, 0, 2)",
+    ),
 )
 
 

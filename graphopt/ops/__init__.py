@@ -12,6 +12,7 @@ from graphopt.ops.define import Op, op
 from graphopt.ops.fused import cache_write, fused_linear, rms_norm_residual, rope_write
 from graphopt.ops.linear import linear
 from graphopt.ops.mlp import activation, gated_activation
+from graphopt.ops.moe import expert_matmul, experts
 from graphopt.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from graphopt.ops.quantized import linear_int8, pack_int8, scales_int8
 from graphopt.ops.rope import rope
@@ -33,6 +34,8 @@ OPS = (
     pack_int8,
     gated_activation,
     activation,
+    experts,
+    expert_matmul,
     all_reduce,
     all_gather,
     reduce_scatter,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,7 @@ from graphopt.passes.view_spellings import (
     narrow,
     permute,
     pieces,
+    repeat_interleave,
     reshape,
     select,
     slice_,
@@ -194,10 +196,41 @@ def addmm(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> 
     return s.emit(aten.linear.default, (x, flipped, bias), {}, g.val(node), node)
 
 
+def _is_order(x: object) -> bool:
+    """Whether a value is a permutation: the indices that a sort returns."""
+    if not isinstance(x, fx.Node) or x.target is not operator.getitem or x.args[1] != 1:
+        return False
+    return g.is_call(x.args[0], aten.sort.default)
+
+
+def index_put(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """index_put(empty, [order], arange) -> argsort(order), where order is a sort's: its inverse"""
+    into, indices, values, accumulate = args
+    order = indices[0]
+    if accumulate or len(indices) != 1 or not _is_order(order):
+        return s.generic(node, args, kwargs)
+    counted = g.is_call(values, aten.arange.default) or g.is_call(values, aten.arange.start)
+    start = g.arg(values, "start") if g.is_call(values, aten.arange.start) else 0
+    same = g.rank(order) == 1 and all(
+        g.same_shape(g.shape(x), g.shape(order)) and g.dtype(x) == torch.int64 for x in (into, values)
+    )
+    if not counted or start != 0 or not same:
+        return s.generic(node, args, kwargs)
+    return s.emit(aten.argsort.default, (order, -1, False), {}, g.val(node), node)
+
+
+def _empty(x: fx.Node, dim: int) -> bool:
+    """Whether a tensor adds nothing to a concatenation: one of shape [0] may stand among any others."""
+    size = g.shape(x)[dim] if g.rank(x) > 1 else g.shape(x)[0]
+    return isinstance(size, int) and size == 0
+
+
 def cat(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """cat([x, empty], dim) -> x: an empty cache of shape [0] is what a first call concatenates"""
+    """cat([x, empty], dim) -> x: an empty cache of shape [0] is what a first call concatenates, and an empty
+    rest what a rope of whole heads does
+    """
     tensors, dim = args
-    kept = [t for t in tensors if not (g.rank(t) == 1 and g.shape(t)[0] == 0)] or list(tensors[:1])
+    kept = [t for t in tensors if not _empty(t, dim)] or list(tensors[:1])
     if functools.reduce(torch.promote_types, map(g.dtype, kept)) != g.dtype(node):
         kept = list(tensors)  # the empty one decides the dtype
     if len(kept) == 1 and g.dtype(kept[0]) == g.dtype(node):
@@ -243,8 +276,6 @@ def dropout(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -
 
 
 def _table() -> dict[object, Spelling]:
-    import operator
-
     table: dict[object, Spelling] = {operator.getitem: getitem}
 
     def row(spelling: Spelling, *names: str) -> None:
@@ -267,6 +298,7 @@ def _table() -> dict[object, Spelling]:
     row(reshape, "view_copy", "unsqueeze_copy")
     table.update(dict.fromkeys(PERMUTATIONS, permute))
     table.update(dict.fromkeys(EXPANDS, expand))
+    row(repeat_interleave, "repeat_interleave.self_int")
     row(slice_, "slice.Tensor")
     row(narrow, "narrow")
     row(select, "select.int")
@@ -306,6 +338,7 @@ def _table() -> dict[object, Spelling]:
     row(logical(aten.logical_not.default), "bitwise_not", "logical_not")
     row(matmul, "matmul", "mm", "bmm")
     row(addmm, "addmm")
+    row(index_put, "index_put")
     row(cat, "cat", "concat", "concatenate")
     row(stack, "stack")
     row(attention, "scaled_dot_product_attention")

@@ -54,6 +54,13 @@ def expand(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) ->
     return s.emit(aten.expand.default, (args[0], s.sizes(value.shape)), {"implicit": False}, value, node)
 
 
+def repeat_interleave(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """repeat_interleave(x, 1, dim) -> x"""
+    if args[2] is not None and g.same_shape(g.shape(args[0]), g.shape(node)):
+        return args[0]
+    return s.generic(node, args, kwargs)
+
+
 def slice_(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
     """slice(x, dim, None, maxint) -> slice(x, dim - rank, 0, size, 1); a slice of everything goes."""
     x, dim, start, end, step = args

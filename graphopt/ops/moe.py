@@ -1,0 +1,166 @@
+"""Mixtures of experts: a product with a matrix that each row chooses, and routed MLPs on stacked weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from graphopt.ops.define import op, require_floating, require_rank, require_size, wide
+from graphopt.ops.mlp import act, require_kind
+
+
+def _require_ids(name: str, ids: Tensor, rank: int, rows: int) -> None:
+    """Raise ValueError unless ids are int64 of that rank, one entry (or row) for each row of x."""
+    if ids.dtype != torch.int64:
+        raise ValueError(f"{name}: ids is {ids.dtype}; it must be torch.int64")
+    require_rank(name, rank, ids=ids)
+    require_size(name, "rows of ids", ids.shape[0], rows)
+
+
+def _check_product(x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None) -> None:
+    name = "expert_matmul"
+    require_floating(name, x=x, weight=weight)
+    require_rank(name, 2, x=x)
+    require_rank(name, 3, weight=weight)
+    _require_ids(name, ids, 1, x.shape[0])
+    require_size(name, "last size of x", x.shape[1], weight.shape[1])
+    if bias is not None:
+        require_rank(name, 2, bias=bias)
+        require_size(name, "experts of bias", bias.shape[0], weight.shape[0])
+        require_size(name, "last size of bias", bias.shape[1], weight.shape[2])
+
+
+def _expert_matmul_fake(x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None = None) -> Tensor:
+    _check_product(x, weight, ids, bias)
+    return x.new_empty((x.shape[0], weight.shape[2]))
+
+
+@op(fake=_expert_matmul_fake)
+def expert_matmul(x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x[s] @ weight[ids[s]] + bias[ids[s]]: each row is multiplied with the matrix that it chooses.
+
+    x [S, K], weight [E, K, N], ids [S] int64, bias [E, N] or None -> [S, N], in x's dtype; computed in fp32
+    (fp64 for fp64). A row whose id is outside 0 .. E - 1 gives zeros. Every row is multiplied with every
+    matrix and the right product kept: E times the work of a kernel, but no size depends on the values.
+
+    Source: torch._grouped_mm (rows sorted by id), batched_mm_experts_forward in transformers.
+    Raises ValueError where ranks or sizes do not fit, or ids are not int64.
+    """
+    _check_product(x, weight, ids, bias)
+    dtype = wide(x.dtype)
+    h = x.to(dtype)
+    result = h.new_zeros((x.shape[0], weight.shape[2]))
+    for e in range(weight.shape[0]):
+        y = h @ weight[e].to(dtype)
+        if bias is not None:
+            y = y + bias[e].to(dtype)
+        result = torch.where((ids == e).unsqueeze(-1), y, result)
+    return result.to(x.dtype)
+
+
+def _check_experts(
+    x: Tensor,
+    ids: Tensor,
+    routing: Tensor | None,
+    gate_up: Tensor,
+    down: Tensor,
+    kind: str,
+    gated: bool,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+) -> None:
+    name = "experts"
+    require_kind(kind)
+    require_floating(name, x=x, gate_up=gate_up, down=down)
+    require_rank(name, 2, x=x)
+    require_rank(name, 3, gate_up=gate_up, down=down)
+    _require_ids(name, ids, 2, x.shape[0])
+    if routing is not None:
+        require_floating(name, routing=routing)
+        require_rank(name, 2, routing=routing)
+        require_size(name, "rows of routing", routing.shape[0], x.shape[0])
+        require_size(name, "columns of routing", routing.shape[1], ids.shape[1])
+    require_size(name, "last size of gate_up", gate_up.shape[2], x.shape[1])
+    require_size(name, "experts of down", down.shape[0], gate_up.shape[0])
+    require_size(name, "rows of gate_up", gate_up.shape[1], down.shape[2] * (2 if gated else 1))
+    for which, bias, weight in (("gate_up_bias", gate_up_bias, gate_up), ("down_bias", down_bias, down)):
+        if bias is not None:
+            require_rank(name, 2, **{which: bias})
+            require_size(name, f"experts of {which}", bias.shape[0], weight.shape[0])
+            require_size(name, f"last size of {which}", bias.shape[1], weight.shape[1])
+
+
+def _experts_fake(
+    x: Tensor,
+    ids: Tensor,
+    routing: Tensor | None,
+    gate_up: Tensor,
+    down: Tensor,
+    kind: str,
+    gated: bool = True,
+    interleaved: bool = False,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    limit: float | None = None,
+    up_offset: float = 0.0,
+) -> Tensor:
+    _check_experts(x, ids, routing, gate_up, down, kind, gated, gate_up_bias, down_bias)
+    return x.new_empty((x.shape[0], down.shape[1]))
+
+
+@op(fake=_experts_fake)
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    routing: Tensor | None,
+    gate_up: Tensor,
+    down: Tensor,
+    kind: str,
+    gated: bool = True,
+    interleaved: bool = False,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    limit: float | None = None,
+    up_offset: float = 0.0,
+) -> Tensor:
+    """sum over j of routing[t, j] * down_e(act(gate_e(x[t])) * up_e(x[t])), e = ids[t, j].
+
+    x [T, H], ids [T, k] int64, routing [T, k] or None (all 1), gate_up [E, 2 * I, H] (rows of gate, then rows
+    of up; `interleaved`: in turns; not `gated`: [E, I, H], act(up(x)) alone), down [E, N, I], biases [E, 2 *
+    I] and [E, N] -> [T, N], in x's dtype; computed in fp32 (fp64 for fp64). `limit` cuts gate off above and
+    up on both sides, `up_offset` is added to up after that. An id outside 0 .. E - 1 adds nothing.
+
+    Every row goes through every expert and the chosen ones are kept: E / k times the work of a kernel, but no
+    size depends on the values, so that it can be captured in a CUDA graph.
+
+    Source: Shazeer et al. 2017, "Outrageously Large Neural Networks"; MixtralExperts and GptOssExperts (the
+    limit) in transformers; fused_moe in vLLM.
+    Raises ValueError where ranks or sizes do not fit, ids are not int64, or the kind is unknown.
+    """
+    _check_experts(x, ids, routing, gate_up, down, kind, gated, gate_up_bias, down_bias)
+    dtype = wide(x.dtype)
+    h = x.to(dtype)
+    shares = torch.ones_like(ids, dtype=dtype) if routing is None else routing.to(dtype)
+    result = h.new_zeros((x.shape[0], down.shape[1]))
+    for e in range(down.shape[0]):
+        mine = ids == e
+        y = F.linear(h, gate_up[e].to(dtype), None if gate_up_bias is None else gate_up_bias[e].to(dtype))
+        y = expert_activation(y, kind, gated, interleaved, limit, up_offset)
+        y = F.linear(y, down[e].to(dtype), None if down_bias is None else down_bias[e].to(dtype))
+        share = torch.where(mine, shares, 0.0).sum(-1, keepdim=True)
+        result = torch.where(mine.any(-1, keepdim=True), result + y * share, result)
+    return result.to(x.dtype)
+
+
+def expert_activation(
+    h: Tensor, kind: str, gated: bool, interleaved: bool, limit: float | None, up_offset: float
+) -> Tensor:
+    """What stands between an expert's two products, in h's dtype: h [.., 2 * I] (or [.., I]) -> [.., I]."""
+    if not gated:
+        return act(h, kind)
+    half = h.shape[-1] // 2
+    gate, up = (h[..., ::2], h[..., 1::2]) if interleaved else (h[..., :half], h[..., half:])
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return act(gate, kind) * (up + up_offset)
