@@ -71,7 +71,9 @@ BUGS: dict[str, tuple[tuple[str, str], ...]] = {
     "weight updated in place after compile": (
         (LIVE, "test_a_change_shows_in_the_next_call_without_a_compile"),
     ),
-    "dynamic, static and no cache": (("models/test_models.py", "test_a_compiled_model_is_recognised_and_right"),),
+    "dynamic, static and no cache": (
+        ("models/test_models.py", "test_a_compiled_model_is_recognised_and_right"),
+    ),
     "graph break inside a layer (DeepSpeed#7942)": (
         (LIVE, "test_layers_compiled_one_by_one_share_their_graphs"),
     ),
@@ -222,5 +224,3 @@ def test_packed_projections(fresh: None, order: str) -> None:
     model, x = Packed(order), rand(2, 5, 20)
     agree(torch.compile(model, backend="graphopt", options={"strict": True})(x), model(x))
     assert backend.reports()[0].counts["attention"] == 1
-
-

@@ -80,7 +80,7 @@ def written_cache(s: Script) -> object:
     scores = q @ keys.mT * 0.5
     seen = torch.arange(keys.shape[2]) <= torch.arange(length)[:, None] + s.pick("past", room, 0, 2)
     out = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1) @ keys
-    return s.pick("gives", True, False) and (out, keys) or out
+    return (s.pick("gives", True, False) and (out, keys)) or out
 
 
 def added(s: Script, name: str, x: Tensor) -> Tensor:
@@ -120,7 +120,9 @@ def normed(s: Script, name: str, x: Tensor) -> Tensor:
     squares = {
         "pow": lambda: h.pow(2).mean(over, keepdim=True),
         "times": lambda: (h * h).mean(over, keepdim=True),
-        "var": lambda: x.to(h.dtype).var(over, keepdim=True, unbiased=s.pick(f"{name} unbiased", False, True)),
+        "var": lambda: x.to(h.dtype).var(
+            over, keepdim=True, unbiased=s.pick(f"{name} unbiased", False, True)
+        ),
         "abs": lambda: h.abs().mean(over, keepdim=True),
         "other": lambda: s.input(f"{name} other", *x.shape).to(h.dtype).pow(2).mean(over, keepdim=True),
     }

@@ -1,4 +1,4 @@
-"""Random networks of generic operators, drawn by nnsmith (Liu et al., ASPLOS 2023) with its constraint solver."""
+"""Random networks of generic operators, drawn by nnsmith (Liu et al., ASPLOS 2023) and its solver."""
 
 from __future__ import annotations
 

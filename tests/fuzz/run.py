@@ -1,7 +1,7 @@
 """Random programs, compiled against eager: all kinds for some seconds, or one program again.
 
-    python -m tests.fuzz.run --seconds 600 --seed 1000     # make fuzz SECONDS=600
-    python -m tests.fuzz.run block 1234
+python -m tests.fuzz.run --seconds 600 --seed 1000     # make fuzz SECONDS=600
+python -m tests.fuzz.run block 1234
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Programs with choices: plain PyTorch that asks for a spelling here and a size there, drawn once and replayed.
+"""Programs with choices: PyTorch that asks for a spelling here and a size there, drawn once and replayed.
 
     def attended(s: Script) -> Tensor:
         q, k, v = (s.input(name, 2, 3, 5, 4) for name in "qkv")
@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 V = TypeVar("V")
-Choose: TypeAlias = "Callable[[int, bool], int]"  # how many options, whether the first is the usual -> which one
+Choose: TypeAlias = (
+    "Callable[[int, bool], int]"  # how many options, whether the first is the usual -> which one
+)
 Body: TypeAlias = "Callable[[Script], object]"
 
 

@@ -43,7 +43,7 @@ def test_recorded_seeds_are_right(kind: str) -> None:
     assert recognised[expected] >= run / 6, f"{expected} in {recognised[expected]} of {run}"
 
 
-# ------------------------------------------------------------------------------------- that mistakes are found
+# ------------------------------------------------------------------------------ that mistakes are found
 
 
 def queries_softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ FALSE_RULES = {
 @pytest.mark.parametrize("kind", FALSE_RULES)
 @pytest.mark.filterwarnings("ignore")
 def test_a_false_rule_is_found(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Among the recorded seeds and as many again there is one that the rule breaks; the command is printed."""
+    """Some seed shows it, with the command that shows it again."""
     monkeypatch.setattr(defaults, "RULES", (*defaults.RULES, FALSE_RULES[kind]))
     for seed in range(20 * RECORDED[kind][0]):
         try:
@@ -104,7 +104,9 @@ def test_a_false_rule_is_found(monkeypatch: pytest.MonkeyPatch, kind: str) -> No
         except NoProgram:
             continue
         if wrong:
-            assert wrong.startswith("Wrong: ") and wrong.endswith(f"again: python -m tests.fuzz.run {kind} {seed}")
+            assert wrong.startswith("Wrong: ") and wrong.endswith(
+                f"again: python -m tests.fuzz.run {kind} {seed}"
+            )
             return
     pytest.fail("no seed shows it")
 

@@ -1,4 +1,4 @@
-"""Whether a compiled program is the eager one: by the accuracy rule, and before lowering nearly to the bit."""
+"""Whether a compiled program is the eager one: by the accuracy rule, before lowering nearly to the bit."""
 
 from __future__ import annotations
 
@@ -70,6 +70,6 @@ def _same(where: str, want: object, have: object) -> None:
 
 
 def _worst(want: Tensor, have: Tensor) -> str:
-    return f"largest difference {float((want.double() - have.double()).abs().nan_to_num(torch.inf).max()):.3g}"
-
-
+    return (
+        f"largest difference {float((want.double() - have.double()).abs().nan_to_num(torch.inf).max()):.3g}"
+    )
