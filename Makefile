@@ -1,12 +1,15 @@
 # make demo    set up .venv and run the main job
 # make test    set up .venv and run all tests
 # make check   lint and type check
+# make fuzz    random programs against eager: SECONDS=600 SEED=1000
 # make bench   benchmarks, and the README's tables from them
 
 # Torch goes in first and by its exact version: without one, pip may choose a build with several GB of CUDA packages.
 TORCH  ?= 2.13.0
 TRITON ?= 3.7.1
 PYTHON ?= python3
+SECONDS ?= 600
+SEED    ?= 1000
 JOBS   ?= 2
 
 BIN   := .venv/bin
@@ -14,7 +17,7 @@ BIN   := .venv/bin
 READY := .venv/.ready-$(TORCH)-$(TRITON)
 PIP   := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check fuzz bench clean
 
 demo: $(READY)
 	$(BIN)/python -m graphopt.tools.demo
@@ -28,6 +31,10 @@ test: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Each failure prints its seed and the command that shows it again.
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --seconds $(SECONDS) --seed $(SEED)
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_passes

@@ -132,6 +132,12 @@ def _raise_call(raised: fx.Graph, node: fx.Node, env: Mapping[fx.Node, fx.Node])
     new.args = fx.node.map_aggregate(new.args, _raise_literal)
     new.kwargs = fx.node.map_aggregate(new.kwargs, _raise_literal)
     new.target = _FP64_FORMS.get(new.target, new.target)
+    if node.target is torch.ops.aten.rms_norm.default and graph.arg(node, "eps") is None:
+        x = graph.arg(node, "input")
+        assert isinstance(x, fx.Node)
+        weight = new.kwargs.get("weight", new.args[2] if len(new.args) > 2 else None)
+        new.args = (*new.args[:2], weight, graph.rms_norm_eps(graph.dtype(x)))  # fp64 has another
+        new.kwargs = {}
     if not _makes_floats_of_none(node):
         return new
     if node.target is torch.ops.aten.where.Scalar:  # its literals become fp32, which overflows

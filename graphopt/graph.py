@@ -215,6 +215,14 @@ def is_factory(target: object) -> bool:
     )
 
 
+def rms_norm_eps(dtype: torch.dtype) -> float:
+    """What torch's rms_norm of that dtype adds where it is given no eps: that of the dtype it computes in.
+
+    fp32's 1.2e-7 for half precision, too (torch 2.13 on the CPU; its documentation says x's).
+    """
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+
+
 def is_pure(node: fx.Node) -> bool:
     """Whether a call may be merged with an equal one, moved or dropped: no write, no randomness."""
     if node.op != "call_function":

@@ -31,6 +31,8 @@ from graphopt.translate import Translation
 __all__ = ["Match", "Refusal", "Rewriter", "fake_result"]
 
 SWEEP_BOUND = 12  # a rule set that still changes the graph after so many sweeps does not terminate
+GROWTH = 8  # times the nodes that there were: rules that make more never end, or end too late
+SMALL = 100  # nodes; below, a few replacements are already a multiple
 KEPT_MISSES = 400  # per run; the report shows the nearest of each rule
 DENIED = "deny"  # the guard of what was taken back
 UNTRIED = "needed operators"  # the guard of a rule that was tried nowhere
@@ -102,10 +104,15 @@ class Rewriter:
         """Sweep to a fixpoint; returns how many matches were applied. The caller recompiles the module.
 
         Raises:
-            RuntimeError: the rules still change the graph after SWEEP_BOUND sweeps.
+            RuntimeError: the rules still change the graph after SWEEP_BOUND sweeps, or make it grow and grow.
         """
-        applied = 0
+        applied, before = 0, max(len(self.gm.graph.nodes), SMALL)
         for _ in range(SWEEP_BOUND):
+            if len(self.gm.graph.nodes) > GROWTH * before:
+                raise RuntimeError(
+                    f"the rules still change the graph, which has grown to {len(self.gm.graph.nodes)} nodes, "
+                    f"more than {GROWTH} x {before}; one of them matches what it makes"
+                )
             self.index = self.candidates()  # a replacement may bring the operator that another rule needs
             changed = self.sweep()
             applied += changed

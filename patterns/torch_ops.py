@@ -67,16 +67,12 @@ def layer_norm(node: fx.Node) -> Mapping[str, object] | str:
 
 
 def rms_norm(node: fx.Node) -> Mapping[str, object] | str:
-    """rms_norm over the last dimension -> rms_norm; torch scales in fp32, before the cast back.
-
-    Without an eps it takes that of the dtype it computes in: fp32's 1.2e-7 for half precision, too (torch
-    2.13 on the CPU; its documentation says x's).
-    """
+    """rms_norm over the last dimension -> rms_norm; torch scales in fp32, before the cast back."""
     x = g.arg(node, "input")
     assert isinstance(x, fx.Node)
     eps = g.arg(node, "eps")
     if eps is None:
-        eps = torch.finfo(torch.promote_types(g.dtype(x), torch.float32)).eps
+        eps = g.rms_norm_eps(g.dtype(x))
     return _over_last(node) or {
         "x": x,
         "weight": g.arg(node, "weight"),

@@ -193,6 +193,16 @@ def test_constants_and_weights_are_raised() -> None:
     assert table.dtype == HALF
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_eps_that_is_not_given_stays_that_of_the_dtype(dtype: torch.dtype) -> None:
+    """fp64's own, 2e-16, is another function of a row near zero."""
+    x, w = torch.full((2, 8), 1e-4), torch.ones(8)
+    for program in (lambda x: F.rms_norm(x, (8,)), lambda x: F.rms_norm(x, (8,), weight=w.to(x.dtype))):
+        exact = raised(program, x.to(dtype))
+        want = F.rms_norm(x.to(dtype).double(), (8,), eps=torch.finfo(torch.float32).eps)
+        torch.testing.assert_close(exact, want, rtol=1e-12, atol=0)
+
+
 def test_mutated_inputs_are_cloned_and_shared_inputs_stay_one() -> None:
     def program(cache: torch.Tensor, length: torch.Tensor, x: torch.Tensor, alias: torch.Tensor) -> object:
         cache.index_copy_(0, length, x)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -175,47 +176,71 @@ def test_continuous_batching_under_enable() -> None:
 # ------------------------------------------------------------------------------------------------- threads
 
 
-def test_two_threads_compile_and_run_at_once() -> None:
-    models = [nn.Sequential(block(1), block(2)), block(3)]
-    failures: list[BaseException] = []
-    start = threading.Barrier(len(models))
+THREADS = 8
+PATIENCE = 300  # seconds; a thread that is not done by then waits for another
 
-    def work(model: nn.Module) -> None:
+
+def in_threads(*work: Callable[[], object]) -> None:
+    """Run all at once; raise what the first of them raised, or that one of them hangs."""
+    failures: list[BaseException] = []
+    start = threading.Barrier(len(work))
+
+    def run(task: Callable[[], object]) -> None:
         try:
-            ours = torch.compile(model, backend="graphopt", options={"strict": True})
             start.wait()
             with torch.no_grad():
-                for length in (5, 8, 5, 3) * 5:
-                    agree(ours(example(length)), model(example(length)))
+                task()
         except BaseException as error:
             failures.append(error)
 
+    threads = [threading.Thread(target=run, args=(task,), daemon=True) for task in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    if failures:
+        raise failures[0]
+    assert not any(thread.is_alive() for thread in threads), "deadlock"
+
+
+def test_threads_compile_and_run_their_own_models_at_once() -> None:
+    models = [nn.Sequential(block(1), block(2)), *(block(i) for i in range(3, THREADS + 2))]
+
+    def task(model: nn.Module, own: int) -> None:
+        ours = torch.compile(model, backend="graphopt", options={"strict": True})
+        for length in (5, 8, 5, 3) * 3:
+            agree(ours(example(length + own)), model(example(length + own)))
+
     with counted() as counts:
-        threads = [threading.Thread(target=work, args=(model,)) for model in models]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not failures, failures
-    assert counts["graphs"] >= 2 and counts["prepared"] == 3 * MERGED
+        in_threads(*(functools.partial(task, model, i) for i, model in enumerate(models)))
+    assert counts["graphs"] >= 2 and counts["prepared"] == (THREADS + 1) * MERGED
 
 
-def test_one_compiled_model_runs_in_several_threads() -> None:
+def test_one_compiled_model_runs_in_many_threads() -> None:
     model, x = block(), example()
     ours = torch.compile(model, backend="graphopt", options={"strict": True})
     results: list[torch.Tensor] = []
-
-    def work() -> None:
-        with torch.no_grad():
-            results.extend(ours(x) for _ in range(10))
-
     with counted() as counts:
-        threads = [threading.Thread(target=work) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(*[lambda: results.extend(ours(x) for _ in range(10))] * THREADS)
     # Threads that wait for Dynamo's lock compile again when they get it; weights are prepared once, still.
-    assert counts["graphs"] <= 3 and counts["prepared"] == MERGED and len(results) == 30
+    assert counts["graphs"] <= THREADS and counts["prepared"] == MERGED and len(results) == 10 * THREADS
     for result in results:
         agree(result, model(x))
+
+
+def test_threads_change_the_weights_that_others_have_not() -> None:
+    """Half of the threads share a model, the others change their own between two calls."""
+    shared, own = block(1), [block(i) for i in range(2, 2 + THREADS // 2)]
+
+    def read() -> None:
+        ours = torch.compile(shared, backend="graphopt", options={"strict": True})
+        for length in (5, 7) * 4:
+            agree(ours(example(length)), shared(example(length)))
+
+    def change(model: nn.Module) -> None:
+        ours = torch.compile(model, backend="graphopt", options={"strict": True})
+        for length in (5, 7) * 4:
+            model.k.weight.mul_(1.5)
+            agree(ours(example(length)), model(example(length)))
+
+    in_threads(*[read] * (THREADS // 2), *(functools.partial(change, model) for model in own))

@@ -1,0 +1,123 @@
+"""Random programs keep eager's numbers: recorded seeds of each kind here, others by `make fuzz`."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from graphopt import defaults, ops
+from graphopt.rule import Float, T, rule
+from tests.fuzz.run import KINDS, failure, main, search
+from tests.fuzz.script import NoProgram
+
+# Seeds that are run, and what at least a sixth of the programs has to become: else they test little.
+RECORDED = {
+    "spelled_attention": (40, "attention"),
+    "fused_attention": (24, "attention"),
+    "block": (40, "linear"),
+    "norm_of_norm": (40, "rms_norm"),
+    "siblings": (30, "linear"),
+    "written_cache": (24, "cache_update"),
+    "operators": (60, "activation"),  # nnsmith's GELU and ReLU
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")  # of torch, about variances of one element and the like
+def test_recorded_seeds_are_right(kind: str) -> None:
+    seeds, expected = RECORDED[kind]
+    run, recognised, wrong = 0, Counter[str](), []
+    for seed in range(seeds):
+        try:
+            bad, counts = failure(kind, seed)
+        except NoProgram:
+            continue
+        run += 1
+        recognised.update(set(counts))
+        wrong += [bad] if bad else []
+    assert not wrong, "\n\n".join(wrong)
+    assert run >= seeds / 2, f"only {run} of {seeds} seeds are programs"
+    assert recognised[expected] >= run / 6, f"{expected} in {recognised[expected]} of {run}"
+
+
+# ------------------------------------------------------------------------------ that mistakes are found
+
+
+def queries_softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax over the queries"""
+    return torch.softmax(ops.attention_scores(q, k, 1.0), dim=-2) @ v
+
+
+def absolute_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x over the root of its mean of absolutes"""
+    return weight * (x * torch.rsqrt(x.abs().mean(-1, keepdim=True) + eps))
+
+
+def written_in_front(cache: Tensor, new: Tensor) -> Tensor:
+    """cat([new, cache], length)"""
+    return torch.cat([new, cache], dim=-2)
+
+
+def rounded_erf_gelu(x: Tensor) -> Tensor:
+    """x * 0.5 * (1 + erf(x / 1.4142))"""
+    return x * 0.5 * (1.0 + torch.erf(x / 1.4142))
+
+
+# Rules that are false, by the kind of program that has to show it.
+FALSE_RULES = {
+    "spelled_attention": rule(
+        queries_softmax_attention,
+        lambda q, k, v: ops.attention(q, k, v, 1.0),
+        carry=("scale", "bias", "softcap", "empty_rows_mean"),
+        q=T("b h s d"),
+        k=T("b h t d"),
+        v=T("b h t e"),
+    ),
+    "norm_of_norm": rule(
+        absolute_rms_norm,
+        lambda x, weight, eps: ops.rms_norm(x, weight, eps),
+        x=T("... n"),
+        weight=T("n", "W"),
+        eps=Float(1e-5),
+    ),
+    "written_cache": rule(
+        written_in_front,
+        lambda cache, new: ops.cache_update(cache, new, None),
+        cache=T("b h l d"),
+        new=T("b h s d"),
+    ),
+    "block": rule(rounded_erf_gelu, lambda x: ops.activation(x, "gelu"), x=T("... n")),
+}
+
+
+@pytest.mark.parametrize("kind", FALSE_RULES)
+@pytest.mark.filterwarnings("ignore")
+def test_a_false_rule_is_found(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Some seed shows it, with the command that shows it again."""
+    monkeypatch.setattr(defaults, "RULES", (*defaults.RULES, FALSE_RULES[kind]))
+    for seed in range(20 * RECORDED[kind][0]):
+        try:
+            wrong, _ = failure(kind, seed)
+        except NoProgram:
+            continue
+        if wrong:
+            assert wrong.startswith("Wrong: ") and wrong.endswith(
+                f"again: python -m tests.fuzz.run {kind} {seed}"
+            )
+            return
+    pytest.fail("no seed shows it")
+
+
+def test_the_search_says_what_it_ran() -> None:
+    lines: list[str] = []
+    assert search(2.0, 0, ("fused_attention",), lines.append) == 0
+    (line,) = lines
+    assert "programs, seeds 0 to " in line and "0 wrong" in line and "attention in" in line
+
+
+def test_one_program_again(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fused_attention", "0"]) == 0
+    assert "right; it became" in capsys.readouterr().out
