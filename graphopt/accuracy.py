@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -129,6 +129,7 @@ def _raise_call(raised: fx.Graph, node: fx.Node, env: Mapping[fx.Node, fx.Node])
     if node.target is torch.ops.aten.view.dtype:
         raise ValueError(f"{node.name} reinterprets bits ({node.target}); it has no fp64 form")
     new = raised.node_copy(node, env.__getitem__)
+    new.target = _SPELT_OUT.get(node.target, node.target)
     new.args = fx.node.map_aggregate(new.args, _raise_literal)
     new.kwargs = fx.node.map_aggregate(new.kwargs, _raise_literal)
     if not _makes_floats_of_none(node):
@@ -141,6 +142,40 @@ def _raise_call(raised: fx.Graph, node: fx.Node, env: Mapping[fx.Node, fx.Node])
     elif torch.Tag.pointwise in getattr(node.target, "tags", ()):
         _cast_integers(raised, node, new)
     return raised.call_function(torch.ops.aten.to.dtype, (new, torch.float64))
+
+
+def grouped_product(
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    ends: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """rows[end of g-1 : end of g] @ weights[g], for each group g: aten._grouped_mm in any dtype.
+
+    Args:
+        rows: [M, K], in the groups' order; rows after the last end become 0.
+        weights: [groups, K, N].
+        ends: int32 [groups], where each group's rows end.
+
+    Raises:
+        ValueError: another form of the product: its operands' shapes are in the message.
+    """
+    if rows.dim() != 2 or weights.dim() != 3 or ends is None or bias is not None:
+        shapes = f"{list(rows.shape)} and {list(weights.shape)}"
+        raise ValueError(f"a grouped product of {shapes} is not known here; rows [M, K], weights [groups, K, N]")
+    product = rows.new_zeros(rows.shape[0], weights.shape[2])
+    start = 0
+    for weight, end in zip(weights, ends.tolist(), strict=True):
+        product[start:end] = rows[start:end] @ weight
+        start = end
+    return product if out_dtype is None else product.to(out_dtype)
+
+
+# Operators without an fp64 kernel -> the same as plain products.
+_SPELT_OUT: Mapping[object, Callable[..., torch.Tensor]] = MappingProxyType(
+    {torch.ops.aten._grouped_mm.default: grouped_product}
+)
 
 
 def _makes_floats_of_none(node: fx.Node) -> bool:

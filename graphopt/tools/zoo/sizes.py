@@ -1,0 +1,41 @@
+"""Sizes of single types, where the shrink by meaning gives what a type's class refuses: the only place of the
+zoo that knows model types by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+# Type -> keys of its config ("sub_config.key" inside) and their values; the reason where it is not plain.
+SIZES_OF: Mapping[str, Mapping[str, object]] = MappingProxyType(
+    {
+        "cohere_compass_text": {
+            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+        },
+        "dbrx": {"attn_config.rope_theta": 10000.0, "ffn_config.ffn_hidden_size": 48},
+        "dots1": {"n_routed_experts": 4, "num_local_experts": 4, "n_shared_experts": 1},
+        "dots3_note": {"text_config.num_key_value_heads": 4},
+        "dots3_note_text": {"num_key_value_heads": 4},  # as many as heads, or the class refuses
+        "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},
+        "esmc": {"num_key_value_heads": 4},
+        "gemma3n_text": {"intermediate_size": [112] * 4},
+        "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+        "mamba2": {"num_heads": 8, "head_dim": 16},  # heads * head_dim is the inner width
+        "moshi": {"codebook_size": 64},  # a power of two
+        "nemotron": {"num_key_value_heads": 2},
+        "phi4_multimodal": {"audio_config.nemo_conv_channels": 16, "audio_config.ext_pw_out_channel": 32},
+        "qwen4_exp": {
+            f"text_config.indexer_{key}": value
+            for key, value in (("n_heads", 4), ("kv_heads", 2), ("head_dim", 16), ("budget", 4), ("compress_ratio", 2))
+        },
+        "qwen4_exp_text": {
+            "indexer_n_heads": 4, "indexer_kv_heads": 2, "indexer_head_dim": 16, "indexer_budget": 4,
+            "indexer_compress_ratio": 2,
+        },
+        "reformer": {"axial_pos_embds_dim": (24, 40), "axial_pos_shape": (8, 8)},
+        "wav2vec2": {"conv_dim": (32,) * 7},
+        "xlnet": {"d_head": 16},
+        "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
+    }
+)  # fmt: skip
