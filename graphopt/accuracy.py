@@ -163,7 +163,9 @@ def grouped_product(
     """
     if rows.dim() != 2 or weights.dim() != 3 or ends is None or bias is not None:
         shapes = f"{list(rows.shape)} and {list(weights.shape)}"
-        raise ValueError(f"a grouped product of {shapes} is not known here; rows [M, K], weights [groups, K, N]")
+        raise ValueError(
+            f"a grouped product of {shapes} is not known here; rows [M, K], weights [groups, K, N]"
+        )
     product = rows.new_zeros(rows.shape[0], weights.shape[2])
     start = 0
     for weight, end in zip(weights, ends.tolist(), strict=True):

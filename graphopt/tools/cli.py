@@ -1,4 +1,4 @@
-"""The command `graphopt`: explain a model, compile it, show what a pass changed, run the demo."""
+"""The command `graphopt`: explain a model, compile it, show what a pass changed, run the demo and the zoo."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from graphopt.tools.diff import GraphDiff, diff
 from graphopt.tools.explain import road, stages
 from graphopt.tools.models import Example, choice, load
 from graphopt.tools.snapshots import CAPTURED, Snapshots
+from graphopt.tools.zoo.command import zoo
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
@@ -158,6 +159,9 @@ def demo_command() -> None:
     from graphopt.tools.demo import main
 
     main()
+
+
+app.command("zoo")(zoo)
 
 
 def split(spec: str, options: Options | None = None) -> tuple[str, str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from graphopt.errors import OptionError
-from graphopt.tools.zoo.inputs import example
+from graphopt.tools.zoo.inputs import configs, example
 from graphopt.tools.zoo.shrink import shrink
 from graphopt.tools.zoo.sizes import SIZES_OF
 from graphopt.tools.zoo.weights import fill, scale
@@ -26,18 +25,23 @@ HEADS = (
     ("causal LM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM"),
     ("speech", "MODEL_FOR_CTC_MAPPING_NAMES", "AutoModelForCTC"),
     ("image", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "AutoModelForImageClassification"),
-    ("image", "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES", "AutoModelForZeroShotImageClassification"),
+    (
+        "image",
+        "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+        "AutoModelForZeroShotImageClassification",
+    ),
     ("other", "MODEL_MAPPING_NAMES", "AutoModel"),
-)  # fmt: skip
+)
 GROUPS = ("causal LM", "masked LM", "encoder-decoder", "speech", "image")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a type is built as: the group of its head, and the name of transformers' class for it."""
+    """What a type is built as: its head's group, transformers' names of the head's and the model's class."""
 
     group: str
     auto: str
+    architecture: str
 
 
 def kinds() -> dict[str, Kind]:
@@ -46,14 +50,28 @@ def kinds() -> dict[str, Kind]:
 
     found: dict[str, Kind] = {}
     for group, mapping, auto in HEADS:
-        for name in getattr(modeling_auto, mapping, {}):
-            found.setdefault(name, Kind(group, auto))
+        for name, architecture in getattr(modeling_auto, mapping, {}).items():
+            first = architecture if isinstance(architecture, str) else architecture[0]
+            found.setdefault(name, Kind(group, auto, first))
     return found
 
 
 def zoo_types() -> tuple[str, ...]:
-    """The zoo's types: all with a head, in alphabetical order within their groups."""
-    return tuple(t for g in GROUPS for t, kind in sorted(kinds().items()) if kind.group == g)
+    """The zoo's types: all with a head, by group and name; of the image models those that have attention."""
+    found = [(GROUPS.index(kind.group), t) for t, kind in kinds().items() if kind.group in GROUPS]
+    image = GROUPS.index("image")
+    return tuple(t for group, t in sorted(found) if group != image or _attends(t))
+
+
+def _attends(model_type: str) -> bool:
+    """Whether a type's config, or one inside it, has attention heads; one without defaults counts as if."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.for_model(model_type)
+    except Exception:
+        return True  # its row says why it does not build
+    return any(isinstance(getattr(c, "num_attention_heads", None), int) for c in configs(config))
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
@@ -61,19 +79,13 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
     config = shrink(AutoConfig.for_model(model_type), SIZES_OF.get(model_type))
-    for part in (config, *_inner(config)):
+    for part in configs(config):
         if hasattr(part, "use_cache"):
             part.use_cache = False
     return config
 
 
-def _inner(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
-    for value in vars(config).values():
-        if isinstance(value, type(config).__mro__[-2]) and hasattr(value, "to_dict"):
-            yield value
-
-
-def build(config: PretrainedConfig, changes: Mapping[str, object] | None = None) -> torch.nn.Module:
+def build(config: PretrainedConfig) -> torch.nn.Module:
     """A model of a config, with torch's random weights, in eval mode and without gradients.
 
     Raises OptionError for a type without a head, and for a model that is not tiny (on a real device).
@@ -90,7 +102,7 @@ def build(config: PretrainedConfig, changes: Mapping[str, object] | None = None)
         inner = config.get_text_config(decoder=True)
         if inner is config:
             raise
-        model = auto.from_config(inner)
+        model = getattr(transformers, kind.architecture)(inner)
     return model.eval().requires_grad_(False)
 
 

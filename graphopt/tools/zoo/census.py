@@ -2,8 +2,8 @@
 
 Attentions are calls of scaled_dot_product_attention, and softmaxes between a product of two activations and
 another one. Norms are modules of that name whose output forgets the scale of each row. An MLP is a call of an
-activation function. A rope is a module that calls a function named after rotation. Experts are modules of that
-name, or with a list of that name.
+activation function. A rope is a module that calls a function named after rotation. Experts are modules of
+that name, or with a list of that name.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Census(TorchFunctionMode):
         each = [self._marks(x) for x in operands]
         marks = frozenset().union(*each)
         if name == "scaled_dot_product_attention":
-            self._attention(_sdpa_logits(*args, **kwargs))
+            self._attention(_sdpa_logits(*args, **kwargs))  # type: ignore[arg-type]  # as it was called
             return frozenset()
         if name in WEIGHED or (name in PRODUCTS and any(WEIGHT in m for m in each)):
             return frozenset()
@@ -189,7 +189,7 @@ def watching(model: nn.Module) -> Iterator[Census]:
 
 
 def expected_counts(model: nn.Module, **inputs: object) -> dict[str, int]:
-    """How many norms, norms of a sum, ropes, attentions, MLPs, experts and linears one call of the model has."""
+    """How many of each of OPS_OF one call of the model has."""
     with torch.no_grad(), watching(model) as seen:
         model(**inputs)
     return {name: seen.counts[name] for name in OPS_OF}
@@ -208,11 +208,14 @@ def is_norm(module: nn.Module) -> bool:
 def normalises(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
     """Whether the output forgets the scale of each row (last dimension) of the first input, far above eps.
 
-    A batch or group norm, a norm over channels and an affine map called a norm do not.
+    A batch norm, a norm over channels and an affine map called a norm do not; nor counts a norm whose weights
+    lie along another dimension (a group norm with a channel a group).
     """
     names = list(kwargs)
     x = args[0] if args else kwargs[names[0]]
     if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() < 2:
+        return False
+    if any(p.dim() and p.shape[-1] != x.shape[-1] for p in module.parameters(recurse=False)):
         return False
     scale = 1 + 7 * torch.rand(*x.shape[:-1], 1, generator=torch.Generator().manual_seed(0))
 
@@ -227,22 +230,18 @@ def normalises(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str,
     return bool((one - other).abs().mean() <= 0.05 * one.abs().mean())  # bf16 rounds by 0.004
 
 
-@functools.cache
-def _class_kind(cls: type) -> str:
-    name = cls.__name__
-    if name in LINEARS:
-        return "linear"
-    return "activation" if any(a in name.lower() for a in ACTIVATIONS) else ""
-
-
 def _kind(module: nn.Module) -> str:
     """What a module counts as."""
-    if type(module).__name__.endswith("Experts") or isinstance(getattr(module, "experts", None), nn.ModuleList):
+    listed = isinstance(getattr(module, "experts", None), nn.ModuleList)
+    if listed or type(module).__name__.endswith("Experts"):
         return "experts"
     if is_norm(module):
         return "norm"
-    kind = _class_kind(type(module))
-    return "" if kind == "activation" and list(module.children()) else kind
+    name = type(module).__name__
+    if name in LINEARS:
+        return "linear"
+    named = any(a in name.lower() for a in ACTIVATIONS)
+    return "activation" if named and not list(module.children()) else ""
 
 
 def _rotations(model: nn.Module) -> Iterator[tuple[object, str]]:

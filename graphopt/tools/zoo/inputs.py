@@ -31,31 +31,40 @@ def example(
         OptionError: the model takes something of which no example is known.
     """
     takes = inspect.signature(model.forward).parameters
-    generator = torch.Generator().manual_seed(length)
+    generator = torch.Generator("cpu").manual_seed(length)
     main = str(getattr(model, "main_input_name", "input_ids"))
     given: dict[str, torch.Tensor] = {}
-    if main == "input_ids" or "input_ids" in takes and main == "pixel_values" and "pixel_values" in takes:
+    if main == "inputs" and hasattr(model.config, "vocab_size"):  # bytes
+        given[main] = _tokens(model, (batch, length), generator)
+    both = {"input_ids", "pixel_values"} <= takes.keys() and not _generates(model)
+    if main == "input_ids" or both:
         given["input_ids"] = _tokens(model, (batch, length), generator)
         if padding != "none" and "attention_mask" in takes:
             mask = padding_mask(batch, length, padding)
             given |= {"input_ids": given["input_ids"] * mask, "attention_mask": mask}
-    if main == "pixel_values":
-        given[main] = torch.randn(batch, *_image(model), generator=generator).to(dtype)
+    if main == "pixel_values" or both:
+        given["pixel_values"] = _noise((batch, *_image(model)), generator).to(dtype)
     elif main == "input_features":
-        given[main] = torch.randn(batch, *_features(model), generator=generator).to(dtype)
+        given[main] = _noise((batch, *_features(model)), generator).to(dtype)
     elif main == "input_values":
-        given[main] = torch.randn(batch, SAMPLES, generator=generator).to(dtype)
+        given[main] = _noise((batch, SAMPLES), generator).to(dtype)
     if not given:
         raise OptionError(f"{type(model).__name__} takes {main}, of which no example is known here")
-    if model.config.is_encoder_decoder and "decoder_input_ids" in takes:
+    if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
         given["decoder_input_ids"] = _tokens(model, (batch, (length + 1) // 2), generator)
-    return given
+    device = next(model.parameters()).device
+    return {name: x.to(device) for name, x in given.items()}
+
+
+def _generates(model: torch.nn.Module) -> bool:
+    """Whether a model writes text: it then reads images only if it is asked to."""
+    return bool(getattr(model, "can_generate", bool)())
 
 
 def padding_mask(batch: int, length: int, side: str) -> torch.Tensor:
-    """int64 [batch, length]: 1 at tokens. The first row is full, each other two tokens shorter, one at least."""
-    lengths = torch.tensor([max(length - 2 * row, 1) for row in range(batch)])
-    positions = torch.arange(length).expand(batch, length)
+    """int64 [batch, length]: 1 at tokens. The first row is full, each other two shorter, one at least."""
+    lengths = torch.tensor([max(length - 2 * row, 1) for row in range(batch)], device="cpu")
+    positions = torch.arange(length, device="cpu").expand(batch, length)
     left = side == "left"
     return (positions >= (length - lengths)[:, None] if left else positions < lengths[:, None]).long()
 
@@ -81,7 +90,12 @@ def _find(model: torch.nn.Module, *names: str) -> int | tuple[int, ...] | None:
 
 def _tokens(model: torch.nn.Module, shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
     vocabulary = _find(model, "vocab_size")
-    return torch.randint(FIRST_TOKEN, vocabulary if isinstance(vocabulary, int) else 100, shape, generator=generator)
+    end = vocabulary if isinstance(vocabulary, int) else 100
+    return torch.randint(FIRST_TOKEN, end, shape, generator=generator, device="cpu")
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, generator=generator, device="cpu")
 
 
 def _image(model: torch.nn.Module) -> tuple[int, int, int]:
@@ -92,5 +106,6 @@ def _image(model: torch.nn.Module) -> tuple[int, int, int]:
 
 def _features(model: torch.nn.Module) -> tuple[int, int]:
     """Mel bins x frames: two frames become one position."""
-    bins, positions = _find(model, "num_mel_bins", "feature_size", "input_feat_size"), _find(model, "max_source_positions")
+    bins = _find(model, "num_mel_bins", "feature_size", "input_feat_size")
+    positions = _find(model, "max_source_positions")
     return bins if isinstance(bins, int) else 80, 2 * (positions if isinstance(positions, int) else 16)

@@ -1,4 +1,4 @@
-"""One type of the zoo: built, counted in eager, compiled, and judged in each dtype, with and without padding."""
+"""One type of the zoo: built, counted in eager, compiled and judged in each dtype, padded and not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -20,75 +20,12 @@ from graphopt.rewrite import Refusal
 from graphopt.tools.zoo.build import kinds, tiny_model
 from graphopt.tools.zoo.census import OPS_OF, expected_counts, recognised_counts
 from graphopt.tools.zoo.inputs import example
+from graphopt.tools.zoo.row import Row, Run
 from graphopt.tools.zoo.weights import in_dtype
 
 PADDINGS = ("none", "left")
-MISSES = 6  # kept of a run, the nearest
+MISSES = 16  # kept of a run, the nearest
 LONG = 300  # characters of an error that are kept
-
-
-@dataclass
-class Run:
-    """One dtype and padding. Of several calls and graphs, the counts are the sums over the first call.
-
-    Attributes:
-        graphs: how many the compiler made; `recompiled` of them at a second, equal call.
-        found: what was recognised, by the names of census.OPS_OF.
-        unmatched: op name -> share (0..1) of the FLOPs in heavy work outside the vocabulary.
-        refused: why a graph ran as it was written, or could not be judged.
-        wrong: what broke the accuracy rule, or an exception at run time.
-        matched: rule -> matches.
-        misses: rule -> its nearest miss, of the rules that came furthest.
-        judged: how many graphs ran beside their fp64 oracle.
-    """
-
-    graphs: int = 0
-    recompiled: int = 0
-    judged: int = 0
-    found: dict[str, int] = field(default_factory=dict)
-    unmatched: dict[str, float] = field(default_factory=dict)
-    refused: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-    matched: dict[str, int] = field(default_factory=dict)
-    misses: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def right(self) -> bool:
-        """Whether every graph was judged, and none is wrong."""
-        return not self.wrong and self.judged == self.graphs > 0
-
-
-@dataclass
-class Row:
-    """One type: why it could not be built or run in eager, or what is there and what each run found."""
-
-    type: str
-    group: str
-    broken: str | None = None
-    there: dict[str, int] = field(default_factory=dict)
-    runs: dict[str, Run] = field(default_factory=dict)
-    seconds: float = 0.0
-    """CPU time, all runs together."""
-
-    @property
-    def right(self) -> bool:
-        """Whether it builds and all runs are right."""
-        return self.broken is None and bool(self.runs) and all(run.right for run in self.runs.values())
-
-    def found(self, what: str) -> int:
-        """How many of a kind every run recognised, no more than there are."""
-        return min([self.there.get(what, 0), *(run.found.get(what, 0) for run in self.runs.values())])
-
-    def to_dict(self) -> dict[str, object]:
-        """The row as plain values; `from_dict` reads it back."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> Row:
-        """The row that `to_dict` gave."""
-        runs = values["runs"]
-        assert isinstance(runs, dict)
-        return cls(**{**values, "runs": {k: Run(**v) for k, v in runs.items()}})  # type: ignore[arg-type]
 
 
 def census(model_type: str) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """Any transformers config made tiny, by what its keys mean: sizes, layers, heads, experts, tokens.
 
-shrink(config) -> a new config of the same type. Sub-configs (text, vision, audio, encoder, decoder) are shrunk
-too. Sizes are ugly where the architecture allows: kv heads < heads, heads * head_dim != width, an odd vocabulary,
-a window shorter than the example's rows. Per-layer lists keep one layer of each kind.
+shrink(config) -> a new config of the same type. Sub-configs (text, vision, audio, encoder, decoder) are
+shrunk too. Sizes are ugly where the architecture allows: kv heads < heads, heads * head_dim != width, an odd
+vocabulary, a window shorter than the example's rows. Per-layer lists keep one layer of each kind.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,14 +55,15 @@ SIZES: Mapping[str, int] = {
     "linear_num_value_heads": 4,
     **dict.fromkeys(("head_dim", "d_kv", "kv_channels", "d_head", "swa_head_dim", "dim_head",
                      "attention_head_size"), HEAD_DIM),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "index_head_dim"), 16),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16),
+    "index_head_dim": 16,
     # Latent attention: a head has a rotated part and one that is not.
     "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "qk_head_dim": 20, "v_head_dim": 16,
     "kv_lora_rank": 20, "q_lora_rank": 28, "o_lora_rank": 16, "rotary_dim": 8,
     **dict.fromkeys(
         ("intermediate_size", "n_inner", "d_ff", "dff", "ffn_dim", "ffn_hidden_size", "encoder_ffn_dim",
-         "decoder_ffn_dim", "dim_ff", "hidden_dim", "mlp_dim", "shared_intermediate_size", "intermediate_size_mlp",
-         "feed_forward_size", "d_inner", "dense_intermediate_size"),
+         "decoder_ffn_dim", "dim_ff", "hidden_dim", "mlp_dim", "shared_intermediate_size",
+         "intermediate_size_mlp", "feed_forward_size", "d_inner", "dense_intermediate_size"),
         INNER,
     ),
     **dict.fromkeys(
@@ -71,21 +72,23 @@ SIZES: Mapping[str, int] = {
         48,
     ),
     **dict.fromkeys(
-        ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "zero_expert_num"), EXPERTS
+        ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "zero_expert_num"),
+        EXPERTS,
     ),
     **dict.fromkeys(
-        ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "n_group", "num_expert_group"), CHOSEN
+        ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "n_group", "num_expert_group"),
+        CHOSEN,
     ),
     "topk_group": 1, "first_k_dense_replace": 1,
     **dict.fromkeys(
-        ("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "audio_vocab_size", "entity_vocab_size",
-         "unpadded_vocab_size", "codebook_size", "pronunciation_vocab_size", "shape_vocab_size",
-         "encoder_hash_byte_group_vocab"),
+        ("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "audio_vocab_size",
+         "entity_vocab_size", "unpadded_vocab_size", "codebook_size", "pronunciation_vocab_size",
+         "shape_vocab_size", "encoder_hash_byte_group_vocab"),
         VOCABULARY,
     ),
     **dict.fromkeys(
-        ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length", "context_length",
-         "max_source_positions", "max_target_positions", "original_max_position_embeddings",
+        ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length",
+         "context_length", "max_source_positions", "max_target_positions", "original_max_position_embeddings",
          "max_2d_position_embeddings", "num_position_embeddings", "rel_extent"),
         POSITIONS,
     ),
@@ -95,7 +98,8 @@ SIZES: Mapping[str, int] = {
         WINDOW,
     ),
     **dict.fromkeys(
-        ("mamba_d_state", "state_size", "ssm_state_size", "mamba_d_head", "mamba_head_dim", "mamba_headdim"), 16
+        ("mamba_d_state", "state_size", "ssm_state_size", "mamba_d_head", "mamba_head_dim", "mamba_headdim"),
+        16,
     ),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 8),
     **dict.fromkeys(("time_step_rank", "mamba_dt_rank"), 8),
@@ -108,11 +112,15 @@ SIZES: Mapping[str, int] = {
     "position_bias_num_buckets": 8, "position_bias_max_distance": 16,
     "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4,
     "embedding_rank": 16, "gated_norm_rank": 8, "loop_gate_rank": 8, "hc_lowrank": 8, "ple_embed_dim": 16,
-    "ngram_vocab_size_base": 101, "n_layers_per_attn_res_block": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
+    "ngram_vocab_size_base": 101, "n_layers_per_attn_res_block": 1,
+    "attn_layer_period": 2, "attn_layer_offset": 1,
     "num_centroids": 16, "centroid_intermediate_top_k": 4, "global_attn_every_n_layers": 2,
     "intra_bottleneck_size": 32, "prompt_mid_dim": 32,
 }  # fmt: skip
-EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "layernorm_epsilon")
+EPSILONS = (
+    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
+    *("norm_eps", "norm_epsilon", "layernorm_epsilon"),
+)
 TOKENS = ("_token_id", "_token_index", "_index")
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
@@ -153,7 +161,7 @@ def shrink(config: PretrainedConfig, changes: Mapping[str, object] | None = None
 
 def _fields(config: PretrainedConfig) -> dict[str, object]:
     """A config's own keys, without what every config has."""
-    return {k: v for k, v in vars(config).items() if not k.startswith("_") and k not in ("id2label", "label2id")}
+    return {k: v for k, v in vars(config).items() if k[0] != "_" and k not in ("id2label", "label2id")}
 
 
 def _is_config(value: object) -> bool:
@@ -181,16 +189,12 @@ def _layers_kept(config: PretrainedConfig) -> tuple[int, ...]:
     lists = [v for v in _fields(config).values() if _per_layer(v, depth)]
     if not lists:
         return ()
-    firsts = {}
-    for i, kind in enumerate(zip(*map(_hashable, lists), strict=True)):
+    firsts: dict[tuple[str, ...], int] = {}
+    for i, kind in enumerate(zip(*(map(repr, values) for values in lists), strict=True)):
         firsts.setdefault(kind, i)
     kept = sorted(firsts.values())[:MOST_LAYERS]
     others = [i for i in range(depth) if i not in kept]
     return tuple(sorted([*kept, *others[: max(LAYERS - len(kept), 0)]]))
-
-
-def _hashable(values: Sequence[object]) -> list[str]:
-    return [repr(v) for v in values]
 
 
 def _depth(config: PretrainedConfig) -> int:
@@ -198,14 +202,14 @@ def _depth(config: PretrainedConfig) -> int:
                  if isinstance(d := getattr(config, k, None), int)), 0)  # fmt: skip
 
 
-def _per_layer(value: object, depth: int) -> bool:
+def _per_layer(value: object, depth: int) -> TypeGuard[Sequence[object]]:
     return isinstance(value, (list, tuple)) and len(value) == depth > LAYERS
 
 
 def _shrunken(key: str, value: object, config: PretrainedConfig, kept: tuple[int, ...]) -> object:
     """A key's value in the tiny config; the same object where it stays."""
     if kept and _per_layer(value, _depth(config)):
-        return type(value)(value[i] for i in kept)  # type: ignore[index, call-arg]
+        return type(value)(value[i] for i in kept)  # type: ignore[call-arg]  # a list or a tuple
     if kept and key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
         return len(kept)
     if key in SPECIAL and isinstance(value, (int, list)):
@@ -214,11 +218,15 @@ def _shrunken(key: str, value: object, config: PretrainedConfig, kept: tuple[int
         return value if value < VOCABULARY else 3 + sum(map(ord, key)) % 7
     if key in EPSILONS and isinstance(value, float):
         return 1e-2  # large, so that a wrong one shows
+    if key == "conv_dim" and isinstance(value, (list, tuple)):
+        return type(value)([WIDTH // 2] * len(value))  # of an audio encoder's convolutions
     if isinstance(value, dict) and "rope" in key:
         return _rope(value, config)
     size = SIZES.get(key)
     if key == "head_dim" and value is not None and value == getattr(config, "qk_rope_head_dim", None):
         return SIZES["qk_rope_head_dim"]  # of latent attention, what is rotated
+    if key == "num_key_value_heads" and hasattr(config, "kv_lora_rank"):
+        return value if value is None else HEADS  # latent attention has one for each head
     if value is None and key == "head_dim":
         return HEAD_DIM
     if size is None or not isinstance(value, int) or isinstance(value, bool) or value <= size:

@@ -1,11 +1,11 @@
-"""Random weights that let errors show: attention logits with a standard deviation of about 2, outputs of about 1.
+"""Random weights that let errors show: attention logits with a standard deviation of 2, outputs of 1.
 
 With the usual initialisation (0.02) softmax forgets k and q, and a wrong mask moves outputs by 0.01.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -14,13 +14,13 @@ from graphopt.tools.zoo.census import watching
 
 NORM_NOISE, BIAS_NOISE = 0.2, 0.3
 LOGIT_STD, OUTPUT_STD = 2.0, 1.0
-ROUNDS = 3  # each layer's scale moves the later layers' inputs a little; a bias or softcap bends the proportion
+ROUNDS = 3  # each layer's scale moves the later layers' inputs a little; a softcap bends the proportion
 PROPORTIONAL = 0.4  # an elasticity from which on a weight is said to scale something
 FACTOR = 8.0  # most that one round changes a weight by
 
 
 def fill(model: nn.Module) -> None:
-    """Unit gain: what starts constant (norms at 1, or at 0 where 1 is added) gets noise, matrices 1/sqrt(inputs)."""
+    """Unit gain: constants (norms at 1, or at 0 where 1 is added) get noise, matrices 1/sqrt(inputs)."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             noise = torch.randn(parameter.shape)
@@ -43,7 +43,7 @@ def _inputs(module: nn.Module, parameter: torch.Tensor) -> int:
 
 
 def scale(model: nn.Module, given: Mapping[str, torch.Tensor]) -> None:
-    """Scale weights in place until logits and outputs have their standard deviations, as far as weights do that.
+    """Scale weights in place until logits and outputs have their standard deviations.
 
     Which weight the logits of an attention are proportional to is found by a derivative: the elasticity of
     their mean square, d log / d log(weight), of the last weight for which it is large.
@@ -66,16 +66,18 @@ def scale(model: nn.Module, given: Mapping[str, torch.Tensor]) -> None:
             p.requires_grad_(False)
 
 
-def _change(x: torch.Tensor, wanted: float, weights: Sequence[nn.Parameter]) -> tuple[nn.Parameter, float] | None:
+def _change(
+    x: torch.Tensor, wanted: float, weights: Sequence[nn.Parameter]
+) -> tuple[nn.Parameter, float] | None:
     """(weight, factor) that brings the standard deviation of a value nearer to the wanted one."""
     power = x.double().square().sum()
     if not torch.isfinite(power) or power == 0:
         return None
     gradients = torch.autograd.grad(power / 2, weights, allow_unused=True, retain_graph=True)
     for weight, gradient in reversed(list(zip(weights, gradients, strict=True))):
-        if gradient is None or weight.dim() < 2 and not bool((weight != 0).any()):
+        if gradient is None or (weight.dim() < 2 and not bool((weight != 0).any())):
             continue
-        elasticity = float((gradient.double() * weight.double()).sum() / power)
+        elasticity = float((gradient.double() * weight.double()).detach().sum() / power.detach())
         if PROPORTIONAL <= elasticity <= 4:
             factor = (wanted / float(x.detach().std())) ** (1 / elasticity)
             return weight, min(max(factor, 1 / FACTOR), FACTOR)
@@ -88,15 +90,11 @@ def _floats(outputs: object) -> list[torch.Tensor]:
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters in another dtype, in place, as a checkpoint loads them: what the model keeps in fp32 stays."""
-    kept: Callable[[str], bool] = lambda path: any(part in path for part in _kept_in_fp32(model))
+    """Parameters in another dtype, in place, as a checkpoint loads them: what is kept in fp32 stays."""
+    kept_parts = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     for path, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not kept(path):
+        if parameter.is_floating_point() and not any(part in path for part in kept_parts):
             parameter.data = parameter.data.to(dtype)
     config = getattr(model, "config", None)
     if config is not None:
         config.dtype = dtype
-
-
-def _kept_in_fp32(model: nn.Module) -> tuple[str, ...]:
-    return tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
