@@ -12,11 +12,11 @@ import typer
 from rich.console import Console
 from torch import fx
 
-from graphopt.errors import GraphoptError
 from graphopt.options import Options
 from graphopt.report import RECOGNISED
 from graphopt.targets import CPU, NAMES, TARGETS, target_named
 from graphopt.tools.diff import GraphDiff, diff
+from graphopt.tools.exits import or_error
 from graphopt.tools.explain import road, stages
 from graphopt.tools.models import Example, choice, load
 from graphopt.tools.snapshots import CAPTURED, Snapshots
@@ -81,7 +81,7 @@ def explain_command(
         else:
             typer.echo(str(report))
 
-    _or_error(run)
+    or_error(run)
 
 
 @app.command("diff")
@@ -111,7 +111,7 @@ def diff_command(
         else:
             typer.echo(str(found))
 
-    _or_error(run)
+    or_error(run)
 
 
 @app.command("compile")
@@ -150,7 +150,7 @@ def compile_command(
         else:
             typer.echo(str(found))
 
-    _or_error(run)
+    or_error(run)
 
 
 @app.command("demo")
@@ -186,15 +186,6 @@ def graphs(
         road(example.model, example.args, example.kwargs, until=last, observers=(snapshots,), options=options)
         kept[name] = snapshots.graphs
     return [kept[name][stage] for name, stage in asked]
-
-
-def _or_error(run: Callable[[], None]) -> None:
-    """Run; our own errors become one line and exit status 2, anything else keeps its traceback."""
-    try:
-        run()
-    except GraphoptError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ HEADS = (
     ("speech", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "AutoModelForSpeechSeq2Seq"),
     ("causal LM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM"),
     ("speech", "MODEL_FOR_CTC_MAPPING_NAMES", "AutoModelForCTC"),
-    ("image", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "AutoModelForImageClassification"),
     (
         "image",
         "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
         "AutoModelForZeroShotImageClassification",
     ),
+    ("image", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "AutoModelForImageClassification"),
     ("other", "MODEL_MAPPING_NAMES", "AutoModel"),
 )
 GROUPS = ("causal LM", "masked LM", "encoder-decoder", "speech", "image")

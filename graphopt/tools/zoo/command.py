@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from graphopt.tools.demo_clock import processor
+from graphopt.tools.exits import or_error
 from graphopt.tools.models import DTYPES, choice
 from graphopt.tools.zoo import drift as drifting
 from graphopt.tools.zoo.build import kinds, zoo_types
@@ -36,6 +37,8 @@ Drift = Annotated[
     typer.Option(help="Another version of transformers: run there too, and say which rules match less."),
 ]
 
+DTYPE = ("float32", "bfloat16")
+
 
 def zoo(
     types: Types = None,
@@ -53,9 +56,26 @@ def zoo(
 
     Exit status 1: a result is wrong, or something is less than the baseline or the golden table say.
     """
+    or_error(
+        lambda: _zoo(types or [], full, short, baseline, golden, update, jobs, dtype or DTYPE, limit, drift)
+    )
+
+
+def _zoo(
+    types: Sequence[str],
+    full: Path | None,
+    short: Path | None,
+    baseline: Path | None,
+    golden: Path | None,
+    update: bool,
+    jobs: int,
+    dtype: Sequence[str],
+    limit: float,
+    drift: str | None,
+) -> None:
     known = kinds()
     asked = [choice(t, known, "model type") for t in types] if types else list(zoo_types())
-    dtypes = [choice(d, DTYPES, "dtype") for d in dtype or ("float32", "bfloat16")]
+    dtypes = [choice(d, DTYPES, "dtype") for d in dtype]
     before = read(baseline) if baseline else ()
     tasks: list[dict[str, object]] = [
         {"type": t, "group": known[t].group, "dtypes": dtypes, "paddings": list(PADDINGS)} for t in asked

@@ -28,12 +28,6 @@ MISSES = 16  # kept of a run, the nearest
 LONG = 300  # characters of an error that are kept
 
 
-def census(model_type: str) -> dict[str, int]:
-    """What one eager call of a type's tiny model contains; zeros left out."""
-    model = tiny_model(model_type)
-    return {name: n for name, n in expected_counts(model, **example(model)).items() if n}
-
-
 def examine(model_type: str, dtypes: Sequence[torch.dtype], paddings: Sequence[str] = PADDINGS) -> Row:
     """The row of a type; raises nothing: what fails is in it."""
     row = Row(model_type, kinds()[model_type].group)
