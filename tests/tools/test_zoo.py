@@ -281,13 +281,13 @@ def test_a_wrong_graph_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not found.right and "rmse" in found.wrong[0]
 
 
-def test_a_refused_graph_is_named_and_not_right() -> None:
+def test_a_refused_graph_is_named_and_not_judged() -> None:
     class Complex(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.view_as_real(torch.view_as_complex(x) * 1j)
 
     found = judged(Complex(), torch.randn(2, 4, 2))
-    assert found.refused and not found.right and not found.wrong
+    assert found.refused and found.handed_back == found.graphs == 1 and found.judged == 0
 
 
 def test_what_fails_to_build_is_a_row() -> None:

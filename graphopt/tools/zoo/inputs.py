@@ -36,7 +36,7 @@ def example(
     given: dict[str, torch.Tensor] = {}
     if main == "inputs" and hasattr(model.config, "vocab_size"):  # bytes
         given[main] = _tokens(model, (batch, length), generator)
-    both = {"input_ids", "pixel_values"} <= takes.keys() and not _generates(model)
+    both = {"input_ids", "pixel_values"} <= takes.keys() and not _writes_text(model)
     if main == "input_ids" or both:
         given["input_ids"] = _tokens(model, (batch, length), generator)
         if padding != "none" and "attention_mask" in takes:
@@ -56,9 +56,10 @@ def example(
     return {name: x.to(device) for name, x in given.items()}
 
 
-def _generates(model: torch.nn.Module) -> bool:
-    """Whether a model writes text: it then reads images only if it is asked to."""
-    return bool(getattr(model, "can_generate", bool)())
+def _writes_text(model: torch.nn.Module) -> bool:
+    """Whether a model gives tokens: it then reads images only if it is asked to."""
+    head = getattr(model, "get_output_embeddings", None)
+    return head is not None and head() is not None
 
 
 def padding_mask(batch: int, length: int, side: str) -> torch.Tensor:

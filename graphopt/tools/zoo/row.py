@@ -19,11 +19,13 @@ class Run:
         matched: rule -> matches.
         misses: rule -> its nearest miss, of the rules that came furthest.
         judged: how many graphs ran beside their fp64 oracle.
+        handed_back: how many graphs graphopt refused as a whole: the original runs.
     """
 
     graphs: int = 0
     recompiled: int = 0
     judged: int = 0
+    handed_back: int = 0
     found: dict[str, int] = field(default_factory=dict)
     unmatched: dict[str, float] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
@@ -33,8 +35,8 @@ class Run:
 
     @property
     def right(self) -> bool:
-        """Whether every graph was judged, and none is wrong."""
-        return not self.wrong and self.judged == self.graphs > 0
+        """Whether nothing is wrong, and every graph was judged or is the original."""
+        return not self.wrong and self.judged + self.handed_back == self.graphs > 0
 
 
 @dataclass
@@ -73,8 +75,9 @@ class Row:
             wrong=list(dict.fromkeys(text for run in runs for text in run.wrong)),
             matched={rule: min(run.matched[rule] for run in runs) for rule in sorted(rules)},
         )
+        whole.handed_back = max(run.handed_back for run in runs)
         if self.right:
-            whole.judged = whole.graphs
+            whole.judged = whole.graphs - whole.handed_back
         return replace(self, runs={" / ".join(self.runs): whole})
 
     def to_dict(self) -> dict[str, object]:

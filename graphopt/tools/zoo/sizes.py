@@ -46,6 +46,7 @@ SIZES_OF: Mapping[str, Mapping[str, object]] = MappingProxyType(
         "wav2vec2-bert": {"vocab_size": 101},
         "wav2vec2-conformer": {"vocab_size": 101},
         "xlnet": {"d_head": 16},
+        "xmod": {"default_language": "en_XX"},
         "zamba": {
             "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
             "attention_hidden_size": 128, "attention_head_dim": 32,  # twice the width

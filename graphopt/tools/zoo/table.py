@@ -35,10 +35,16 @@ def table(rows: Sequence[Row]) -> Table:
             *(_fraction(row, what) for what in SHOWN),
             str(max((run.graphs for run in runs), default=0)),
             f"{shares:.0%}",
-            "yes" if row.right else "[bold red]no[/]",
+            _verdict(row),
             f"{row.seconds:.0f}",
         )
     return shown
+
+
+def _verdict(row: Row) -> str:
+    if not row.right:
+        return "[bold red]no[/]"
+    return "as written" if any(run.handed_back for run in row.runs.values()) else "yes"
 
 
 def _fraction(row: Row, what: str) -> str:
