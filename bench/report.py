@@ -127,11 +127,12 @@ def zoo() -> str:
     m = result["machine"]
     handed = sum(any(run.handed_back for run in row.runs.values()) for row in rows)
     broken = sum(row.broken is not None for row in rows)
+    ways = sorted({way for row in rows for name in row.runs for way in name.split(" / ")})
     note = (
-        f"Tiny random models; torch {m['torch']}, transformers {m['transformers']}; fp32 and bf16, with left "
-        "padding and without. Right: every graph keeps the accuracy rule against its fp64 oracle. "
-        f"Recognised: of what an eager run counts in the types that build. {broken} types do not build or run "
-        f"in eager; {handed} run as they were written, in part at least."
+        f"Tiny random models; torch {m['torch']}, transformers {m['transformers']}. Each type is run as "
+        f"{', '.join(ways)} (dtype, padding). Right: every graph keeps the accuracy rule against its fp64 "
+        "oracle. Recognised: of what an eager run counts in the types that build. "
+        f"{broken} types do not build or run in eager; {handed} run as they were written, in part at least."
     )
     head = ("", "types", "build", "right", "norms", "attentions", "MLPs", "ropes", "expert blocks")
     return markdown(head, [*lines, _zoo_line("all", rows)], note)

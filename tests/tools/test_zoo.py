@@ -322,15 +322,20 @@ def test_the_short_row_has_what_all_runs_have() -> None:
     short = row.short()
     (whole,) = short.runs.values()
     assert short.right and short.found("norm") == row.found("norm") == 1
-    assert whole.matched == {} and whole.unmatched == {"a": 0.7}
+    assert whole.unmatched == {"a": 0.7}
     row.runs["bf16"].wrong.append("rmse")
     assert not row.short().right
 
 
 def test_lost_matches_are_told_with_their_rules() -> None:
     assert lost([a_row()], [a_row()]) == [] == lost([a_row()], [])
-    (told,) = lost([a_row(1)], [a_row()])
-    assert told == "llama: norm 2 -> 1\n    some_rms_norm 2 -> 1"
+    fewer = a_row(1)
+    fewer.runs["fp32"].misses = {"some_rms_norm": "at layers.0: eps differs"}
+    (told,) = lost([fewer], [a_row().short()])
+    assert told.splitlines() == [
+        "llama: norm 2 -> 1; nearest misses now:",
+        "    some_rms_norm at layers.0: eps differs",
+    ]
     assert lost([Row("llama", "causal LM", broken="no")], [a_row()]) == ["llama is broken: no"]
     off = a_row()
     off.runs["fp32"].wrong = ["rmse"]

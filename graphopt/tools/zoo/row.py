@@ -61,11 +61,10 @@ class Row:
         return min([self.there.get(what, 0), *(run.found.get(what, 0) for run in self.runs.values())])
 
     def short(self) -> Row:
-        """The row with its runs as one: what all of them found, what any of them broke; no near misses."""
+        """The row with its runs as one: what all of them found, what any of them broke; no rules."""
         runs = tuple(self.runs.values())
         if not runs:
             return self
-        rules = set.intersection(*(set(run.matched) for run in runs))
         whole = Run(
             graphs=max(run.graphs for run in runs),
             recompiled=max(run.recompiled for run in runs),
@@ -73,7 +72,6 @@ class Row:
             unmatched=max((run.unmatched for run in runs), key=lambda shares: sum(shares.values())),
             refused=list(dict.fromkeys(text for run in runs for text in run.refused)),
             wrong=list(dict.fromkeys(text for run in runs for text in run.wrong)),
-            matched={rule: min(run.matched[rule] for run in runs) for rule in sorted(rules)},
         )
         whole.handed_back = max(run.handed_back for run in runs)
         if self.right:
@@ -81,12 +79,15 @@ class Row:
         return replace(self, runs={" / ".join(self.runs): whole})
 
     def to_dict(self) -> dict[str, object]:
-        """The row as plain values; `from_dict` reads it back."""
-        return asdict(self)
+        """The row as plain values, without those that are empty; `from_dict` reads it back."""
+        values = {key: value for key, value in asdict(self).items() if value}
+        for name, run in values.get("runs", {}).items():
+            values["runs"][name] = {key: value for key, value in run.items() if value}
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Row:
         """The row that `to_dict` gave."""
-        runs = values["runs"]
+        runs = values.get("runs", {})
         assert isinstance(runs, dict)
         return cls(**{**values, "runs": {k: Run(**v) for k, v in runs.items()}})  # type: ignore[arg-type]

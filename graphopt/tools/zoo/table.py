@@ -68,10 +68,13 @@ def details(rows: Iterable[Row]) -> list[str]:
         lines += [f"{row.type} ({', '.join(names)}): {text}" for text, names in said.items()]
         short = [what for what in SHOWN if row.found(what) < row.there.get(what, 0)]
         if short:
-            misses = next(iter(row.runs.values())).misses if row.runs else {}
-            near = [f"    {rule} {miss}" for rule, miss in list(misses.items())[:NEAR]]
-            lines += [f"{row.type}: short of {', '.join(short)}; nearest misses:", *near]
+            lines += [f"{row.type}: short of {', '.join(short)}; nearest misses:", *_near(row)]
     return lines
+
+
+def _near(row: Row) -> list[str]:
+    misses = next(iter(row.runs.values())).misses if row.runs else {}
+    return [f"    {rule} {miss}" for rule, miss in list(misses.items())[:NEAR]]
 
 
 @dataclass(frozen=True)
@@ -139,23 +142,15 @@ def lost(rows: Iterable[Row], baseline: Iterable[Row]) -> list[str]:
             continue
         if old.right and not row.right:
             found.append(f"{row.type} is no longer right: {'; '.join(_faults(row))}")
-        new, old = row.short(), old.short()
         for what in WATCHED:
             if row.found(what) < min(old.found(what), row.there.get(what, 0)):
                 numbers = f"{old.found(what)} -> {row.found(what)}"
-                found.append(f"{row.type}: {what} {numbers}{_explained(new, old)}")
+                found.append("\n".join([f"{row.type}: {what} {numbers}; nearest misses now:", *_near(row)]))
     return found
 
 
 def _faults(row: Row) -> list[str]:
     return [text for run in row.runs.values() for text in (*run.wrong, *run.refused)] or ["not judged"]
-
-
-def _explained(row: Row, old: Row) -> str:
-    """Rules that matched and match less now, each with its nearest miss; of two short rows."""
-    now, before = (next(iter(r.runs.values())).matched for r in (row, old))
-    less = [(rule, n, now.get(rule, 0)) for rule, n in before.items() if now.get(rule, 0) < n]
-    return "".join(f"\n    {rule} {n} -> {left}" for rule, n, left in less)
 
 
 def miscounted(rows: Iterable[Row], golden: Mapping[str, Mapping[str, int]]) -> list[str]:
