@@ -3,6 +3,8 @@
 # make check   lint and type check
 # make fuzz    random programs against eager: SECONDS=600 SEED=1000
 # make bench   benchmarks, and the README's tables from them
+# make zoo     all model types of transformers (an hour); fails where fewer are right or recognised than before
+# make drift   the sample of the zoo under another version of transformers, too (DRIFT=5.17.0)
 
 # Torch goes in first and by its exact version: without one, pip may choose a build with several GB of CUDA packages.
 TORCH  ?= 2.13.0
@@ -10,6 +12,7 @@ TRITON ?= 3.7.1
 PYTHON ?= python3
 SECONDS ?= 600
 SEED    ?= 1000
+DRIFT  ?= 5.17.0
 JOBS   ?= 2
 
 BIN   := .venv/bin
@@ -17,7 +20,7 @@ BIN   := .venv/bin
 READY := .venv/.ready-$(TORCH)-$(TRITON)
 PIP   := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check fuzz bench clean
+.PHONY: demo test check fuzz bench zoo drift clean
 
 demo: $(READY)
 	$(BIN)/python -m graphopt.tools.demo
@@ -41,6 +44,18 @@ bench: $(READY)
 	$(BIN)/python -m bench.bench_models --inductor
 	$(BIN)/python -m bench.bench_compile
 	$(BIN)/python -m bench.report
+
+# The new results are kept only if nothing is lost: `git diff bench/results` then shows what was gained.
+zoo: $(READY)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/graphopt zoo --jobs $(JOBS) --short zoo.new.json \
+		--baseline bench/results/zoo.json --golden tests/models/golden_zoo.json
+	mv zoo.new.json bench/results/zoo.json
+	$(BIN)/python -m bench.report
+
+# Without types, all of the zoo: make drift SAMPLE=
+SAMPLE ?= llama gemma3 qwen3_moe gpt2 gpt_neox bloom falcon deepseek_v3 t5 bert deberta-v2 modernbert vit whisper
+drift: $(READY)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/graphopt zoo --jobs $(JOBS) --dtype float32 --drift $(DRIFT) $(SAMPLE)
 
 # A CUDA build of torch brings its own triton, a CPU build brings none.
 $(READY): pyproject.toml

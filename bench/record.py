@@ -26,7 +26,8 @@ def read(name: str) -> dict:
     """What `write` wrote. FileNotFoundError names the command that makes it."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; run python -m bench.bench_{name}")
+        command = "make zoo" if name == "zoo" else f"python -m bench.bench_{name}"
+        raise FileNotFoundError(f"{path} is missing; run {command}")
     return json.loads(path.read_text())
 
 

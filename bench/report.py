@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bench import record
+from graphopt.tools.zoo.build import GROUPS
+from graphopt.tools.zoo.row import Row
+from graphopt.tools.zoo.table import SHOWN, totals
 
 README = Path(__file__).parent.parent / "README.md"
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -115,11 +118,41 @@ def compiled() -> str:
     return markdown(head, rows, note)
 
 
+def zoo() -> str:
+    """What is recognised of every model type in transformers, by the groups of their heads."""
+    result = record.read("zoo")
+    rows = [Row.from_dict(values) for values in result["rows"]]
+    groups = [(group, [row for row in rows if row.group == group]) for group in GROUPS]
+    lines = [_zoo_line(group, members) for group, members in groups if members]
+    m = result["machine"]
+    handed = sum(any(run.handed_back for run in row.runs.values()) for row in rows)
+    broken = sum(row.broken is not None for row in rows)
+    ways = sorted({way for row in rows for name in row.runs for way in name.split(" / ")})
+    note = (
+        f"Tiny random models; torch {m['torch']}, transformers {m['transformers']}. Each type is run as "
+        f"{', '.join(ways)} (dtype, padding). Right: every graph keeps the accuracy rule against its fp64 "
+        "oracle. Recognised: of what an eager run counts in the types that build. "
+        f"{broken} types do not build or run in eager; {handed} run as they were written, in part at least."
+    )
+    head = ("", "types", "build", "right", "norms", "attentions", "MLPs", "ropes", "expert blocks")
+    return markdown(head, [*lines, _zoo_line("all", rows)], note)
+
+
+def _zoo_line(name: str, rows: Sequence[Row]) -> tuple[object, ...]:
+    found = totals(rows)
+    return name, found.types, found.built, found.right, *(_part(*found.kinds[what]) for what in SHOWN)
+
+
+def _part(found: int, there: int) -> str:
+    return f"{found / there:.1%} of {there}" if there else ""
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "calls": calls,
     "models": models,
     "passes": passes,
     "compiled": compiled,
+    "zoo": zoo,
 }
 
 

@@ -129,9 +129,9 @@ def _raise_call(raised: fx.Graph, node: fx.Node, env: Mapping[fx.Node, fx.Node])
     if node.target is torch.ops.aten.view.dtype:
         raise ValueError(f"{node.name} reinterprets bits ({node.target}); it has no fp64 form")
     new = raised.node_copy(node, env.__getitem__)
+    new.target = _SPELT_OUT.get(node.target, node.target)
     new.args = fx.node.map_aggregate(new.args, _raise_literal)
     new.kwargs = fx.node.map_aggregate(new.kwargs, _raise_literal)
-    new.target = _FP64_FORMS.get(new.target, new.target)
     if node.target is torch.ops.aten.rms_norm.default and graph.arg(node, "eps") is None:
         x = graph.arg(node, "input")
         assert isinstance(x, fx.Node)
@@ -150,27 +150,40 @@ def _raise_call(raised: fx.Graph, node: fx.Node, env: Mapping[fx.Node, fx.Node])
     return raised.call_function(torch.ops.aten.to.dtype, (new, torch.float64))
 
 
-def _grouped_product(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    offs: torch.Tensor | None = None,
+def grouped_product(
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    ends: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """torch._grouped_mm in fp64, which it refuses: rows of x [S, K] with their group's weight [E, K, N].
+    """rows[end of g-1 : end of g] @ weights[g], for each group g: aten._grouped_mm in any dtype.
 
-    Raises ValueError for the forms in which the groups are of columns or of the inner size.
+    Args:
+        rows: [M, K], in the groups' order; rows after the last end become 0.
+        weights: [groups, K, N].
+        ends: int32 [groups], where each group's rows end.
+
+    Raises:
+        ValueError: another form of the product: its operands' shapes are in the message.
     """
-    if x.dim() != 2 or weight.dim() != 3 or offs is None or bias is not None:
-        raise ValueError(f"_grouped_mm of {x.dim()} and {weight.dim()} dimensions has no fp64 form here")
-    ends = offs.tolist()
-    pieces = [x[a:b] @ w for a, b, w in zip([0, *ends], ends, weight, strict=False)]
-    result = torch.cat(pieces)
-    return torch.cat((result, result.new_zeros((x.shape[0] - result.shape[0], result.shape[1]))))
+    if rows.dim() != 2 or weights.dim() != 3 or ends is None or bias is not None:
+        shapes = f"{list(rows.shape)} and {list(weights.shape)}"
+        raise ValueError(
+            f"a grouped product of {shapes} is not known here; rows [M, K], weights [groups, K, N]"
+        )
+    product = rows.new_zeros(rows.shape[0], weights.shape[2])
+    start = 0
+    for weight, end in zip(weights, ends.tolist(), strict=True):
+        product[start:end] = rows[start:end] @ weight
+        start = end
+    return product if out_dtype is None else product.to(out_dtype)
 
 
-# Operators that take no fp64 -> functions that do.
-_FP64_FORMS: Mapping[object, Callable[..., object]] = {torch.ops.aten._grouped_mm.default: _grouped_product}
+# Operators without an fp64 kernel -> the same as plain products.
+_SPELT_OUT: Mapping[object, Callable[..., torch.Tensor]] = MappingProxyType(
+    {torch.ops.aten._grouped_mm.default: grouped_product}
+)
 
 
 def _makes_floats_of_none(node: fx.Node) -> bool:

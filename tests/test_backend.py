@@ -23,9 +23,9 @@ from graphopt.passes.recognise import Recognise
 from graphopt.pipeline import Context
 from graphopt.report import Report
 from graphopt.rule import T, rule
+from graphopt.tools.zoo.census import expected_counts, recognised_counts
 from tests.block import MERGED, Block, agree, block, counted, example
 from tests.models import zoo
-from tests.models.watch import expected_counts, recognised_counts
 from tests.tolerances import close
 
 

@@ -15,9 +15,9 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import graphopt
 from graphopt import backend
+from graphopt.tools.zoo.census import expected_counts, recognised_counts
 from tests.block import MERGED, agree, block, counted, example
 from tests.models import zoo
-from tests.models.watch import expected_counts, recognised_counts
 
 TOKENS = 7
 # Two layers; in each Q, K, V and gate, up are merged, weights and biases.

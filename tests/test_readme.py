@@ -104,7 +104,8 @@ def test_results_are_small_and_name_the_machine() -> None:
     found = list(RESULTS.glob("*.json"))
     assert found
     for path in found:
-        assert path.stat().st_size < 10_000
+        limit = 100_000 if path.name == "zoo.json" else 10_000  # a line for each of 300 types
+        assert path.stat().st_size < limit
         assert '"processor"' in path.read_text()
 
 

@@ -1,4 +1,4 @@
-"""The command `graphopt`: explain a model, compile it, show changes, find what breaks it, run the demo."""
+"""The command `graphopt`: explain, compile, diff and bisect a model, run the demo and the zoo."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ import typer
 from rich.console import Console
 from torch import fx
 
-from graphopt.errors import GraphoptError, OptionError
+from graphopt.errors import OptionError
 from graphopt.options import Options
 from graphopt.question import ALL
 from graphopt.targets import CPU, NAMES, TARGETS, target_named
 from graphopt.tools.culprits import MOST
 from graphopt.tools.diff import GraphDiff, diff
+from graphopt.tools.exits import or_error
 from graphopt.tools.explain import explain, road, stages
 from graphopt.tools.models import Example, choice, load
 from graphopt.tools.snapshots import CAPTURED, Snapshots
+from graphopt.tools.zoo.command import zoo
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
@@ -94,7 +96,7 @@ def explain_command(
         else:
             typer.echo(str(report))
 
-    _or_error(run)
+    or_error(run)
 
 
 @app.command("diff")
@@ -124,7 +126,7 @@ def diff_command(
         else:
             typer.echo(str(found))
 
-    _or_error(run)
+    or_error(run)
 
 
 @app.command("bisect")
@@ -172,7 +174,7 @@ def bisect_command_line(
         if told.culprits:
             raise typer.Exit(1)
 
-    _or_error(run)
+    or_error(run)
 
 
 @app.command("compile")
@@ -211,7 +213,7 @@ def compile_command(
         else:
             typer.echo(str(found))
 
-    _or_error(run)
+    or_error(run)
 
 
 @app.command("demo")
@@ -220,6 +222,9 @@ def demo_command() -> None:
     from graphopt.tools.demo import main
 
     main()
+
+
+app.command("zoo")(zoo)
 
 
 def split(spec: str, options: Options | None = None) -> tuple[str, str]:
@@ -252,15 +257,6 @@ def graphs(
         road(example.model, example.args, example.kwargs, until=last, observers=(snapshots,), options=options)
         kept[name] = snapshots.graphs
     return [kept[name][stage] for name, stage in asked]
-
-
-def _or_error(run: Callable[[], None]) -> None:
-    """Run; our own errors become one line and exit status 2, anything else keeps its traceback."""
-    try:
-        run()
-    except GraphoptError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import sys
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from graphopt.errors import OptionError
+from graphopt.tools.zoo.build import build, tiny_config
+from graphopt.tools.zoo.inputs import example
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -27,24 +28,6 @@ DTYPES = {
 }
 CACHES = ("none", "dynamic", "static")
 
-# Small and ugly: no two sizes are equal and heads * head_dim is not the width, so that a mixed-up axis shows.
-TINY = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 80,
-    "d_ff": 80,
-    "num_decoder_layers": 2,
-    "vocab_size": 99,
-    "max_position_embeddings": 128,
-    "image_size": 24,
-    "patch_size": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 FUNCTION = "give package.module:function, a function that returns (model, args, kwargs)"
 
 
@@ -102,78 +85,53 @@ def load(
         config, device = transformers.AutoConfig.from_pretrained(spec), torch.device("meta")
     else:
         name = choice(spec, transformers.CONFIG_MAPPING, "model type")
-        config, device = tiny(transformers.AutoConfig.for_model(name)), torch.device("cpu")
+        config, device = _tiny(name), torch.device("cpu")
     torch.manual_seed(0)
     with device:
-        model = _built(config).eval().to(kind)
+        model = _built(config).to(kind)
         if decode:
-            return Example(model, (), _one_token(config, model, batch, length, kind))
-        return Example(model, (), _inputs(config, model, batch, length, kind, cached))
+            return Example(model, (), _one_token(model, batch, length, kind))
+        return Example(model, (), _example(model, batch, length, "left", kind, cached))
 
 
-def tiny(config: PretrainedConfig) -> PretrainedConfig:
-    """The config shrunk in place to the sizes of `TINY`, as far as it has them."""
-    for name, value in TINY.items():
-        if hasattr(config, name):
-            with contextlib.suppress(AttributeError):  # a property that the type computes from others
-                setattr(config, name, value)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: config.num_hidden_layers]
-    return config
+def _tiny(model_type: str) -> PretrainedConfig:
+    try:
+        return tiny_config(model_type)
+    except Exception as error:  # whatever the type's class says of sizes
+        raise OptionError(f"no tiny config of {model_type} ({error}); {FUNCTION}") from error
 
 
 def _built(config: PretrainedConfig) -> torch.nn.Module:
-    """A model with random weights, with the head that its kind is known for."""
-    import transformers
-    from transformers.models.auto import modeling_auto as heads
-
-    kinds = (
-        (heads.MODEL_FOR_MASKED_LM_MAPPING_NAMES, transformers.AutoModelForMaskedLM),
-        (heads.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForCausalLM),
-    )
-    plain = config.is_encoder_decoder
-    auto = next((a for names, a in kinds if config.model_type in names and not plain), transformers.AutoModel)
+    """A model with random weights, with the head that its type is known for."""
     try:
-        return auto.from_config(config)
+        return build(config)
     except Exception as error:
         raise OptionError(
             f"no {config.model_type} of this config can be built ({error}); {FUNCTION}"
         ) from error
 
 
-def _inputs(
-    config: PretrainedConfig, model: torch.nn.Module, batch: int, length: int, dtype: torch.dtype, cache: str
+def _example(
+    model: torch.nn.Module, batch: int, length: int, padding: str, dtype: torch.dtype, cache: str
 ) -> dict[str, object]:
-    """Keyword arguments for one call: random tokens, a padded position in the first row; or random images."""
-    name = str(getattr(model, "main_input_name", "input_ids"))
-    if name == "pixel_values":
-        size = config.image_size
-        return {name: torch.randn(batch, config.num_channels, size, size, dtype=dtype)}
-    if name != "input_ids":
-        raise OptionError(f"{config.model_type} takes {name}, of which no example is known here; {FUNCTION}")
-    ids = torch.randint(3, config.vocab_size, (batch, length))
-    mask = torch.ones(batch, length, dtype=torch.long)
-    mask[0, 0] = int(length == 1)  # a row without any token has no meaning
-    kwargs: dict[str, object] = {"input_ids": ids, "attention_mask": mask}
-    if config.is_encoder_decoder:
-        kwargs["decoder_input_ids"] = ids[:, : (length + 1) // 2].clone()
-    if getattr(config, "use_cache", None) is not None:
-        kwargs["use_cache"] = cache != "none"
-    if cache == "static" and "use_cache" in kwargs:
+    """Keyword arguments for one call, with the cache that is asked for, where the model has one."""
+    kwargs: dict[str, object] = dict(example(model, batch=batch, length=length, padding=padding, dtype=dtype))
+    if "input_ids" not in kwargs or getattr(model.config, "use_cache", None) is None:
+        return kwargs
+    kwargs["use_cache"] = cache != "none"
+    if cache == "static":
         from transformers import StaticCache
 
-        kwargs["past_key_values"] = StaticCache(config=config, max_cache_len=2 * length)
+        kwargs["past_key_values"] = StaticCache(config=model.config, max_cache_len=2 * length)
     return kwargs
 
 
-def _one_token(
-    config: PretrainedConfig, model: torch.nn.Module, batch: int, length: int, dtype: torch.dtype
-) -> dict[str, object]:
+def _one_token(model: torch.nn.Module, batch: int, length: int, dtype: torch.dtype) -> dict[str, object]:
     """Keyword arguments for the step after a prompt of `length` tokens, on a static cache of twice that."""
+    config: PretrainedConfig = model.config
     if config.is_encoder_decoder or not getattr(model, "can_generate", bool)():
         raise OptionError(f"{config.model_type} has no cache to decode with; leave decode out")
-    prompt = _inputs(config, model, batch, length, dtype, "static")
-    del prompt["attention_mask"]
+    prompt = _example(model, batch, length, "none", dtype, "static")
     with torch.no_grad():
         model(**prompt)
     ids = prompt["input_ids"]

@@ -21,8 +21,8 @@ from graphopt import defaults
 from graphopt.accuracy import Verdict, judge
 from graphopt.capture import Captured, from_dynamo
 from graphopt.report import Report
+from graphopt.tools.zoo.census import expected_counts, recognised_counts
 from tests.models import encoder, faults, zoo
-from tests.models.watch import expected_counts, recognised_counts
 
 # What may stay unmatched. transformers 5.17 makes rope's angles by an outer product, a matmul of 5e-5 to 7e-5
 # of the FLOPs; 5.23, the only later version tried, has none.

@@ -14,14 +14,14 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphopt.accuracy import raise_to_fp64
-from tests.models.watch import is_norm, watching
+from graphopt.tools.zoo.census import watching
+from graphopt.tools.zoo.weights import fill, scale
 
 if TYPE_CHECKING:
     from graphopt.report import Report
 
 Result = TypeVar("Result")
 
-LOGIT_STD = 2.0  # of attention: with the default initialisation it is 0.01, and softmax forgets k and q
 DECODES = 2  # steps after the prefill
 STATIC_LENGTH = 16  # of the static cache: longer than any run here, so that some of it stays empty
 
@@ -44,16 +44,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Family:
-    """How a model is built and where its attention logits and outputs are scaled.
-
-    `queries` gives, layer by layer, views of the weights that the logits are proportional to; `head` the
-    weights that the outputs are proportional to. `offset` is the norms' constant: they scale by it + weight.
-    """
+    """How a model is built, and whether it has caches."""
 
     build: Callable[[Case], nn.Module]
-    queries: Callable[[nn.Module], Sequence[Sequence[torch.Tensor]]]
-    head: Callable[[nn.Module], Sequence[torch.Tensor]]
-    offset: float = 0.0
     caches: bool = True
 
 
@@ -107,40 +100,12 @@ def _bert(case: Case) -> nn.Module:
     return transformers.AutoModelForMaskedLM.from_config(config)
 
 
-def _projections(model: nn.Module, name: str = "q_proj") -> list[list[torch.Tensor]]:
-    """Weight and bias of the query projection (or norm) of each layer."""
-    found = [m for path, m in model.named_modules() if path.rpartition(".")[2] == name]
-    return [[p for p in m.parameters(recurse=False)] for m in found]
-
-
-def _head(norm: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], list[torch.Tensor]]:
-    """The output weight where it is not tied to the embedding, else the last norm's."""
-
-    def of(model: nn.Module) -> list[torch.Tensor]:
-        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-        return list(norm(model).parameters()) if head is embedding else [head]
-
-    return of
-
-
-def _packed_queries(model: nn.Module) -> list[list[torch.Tensor]]:
-    """The first third of GPT-2's packed projection (Conv1D: weight [in, out])."""
-    width = model.config.n_embd
-    return [[p.data[..., :width] for p in block.attn.c_attn.parameters()] for block in model.transformer.h]
-
-
-_FINAL = _head(lambda m: m.model.norm)
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(_llama, _projections, _FINAL),
-    "qwen3": Family(_qwen3, lambda m: _projections(m, "q_norm"), _FINAL),  # it undoes any scale before it
-    "gemma2": Family(_gemma2, _projections, _FINAL, offset=1.0),
-    "gpt2": Family(_gpt2, _packed_queries, _head(lambda m: m.transformer.ln_f)),
-    "bert": Family(
-        _bert,
-        lambda m: _projections(m, "query"),
-        _head(lambda m: m.cls.predictions.transform.LayerNorm),
-        caches=False,
-    ),
+    "llama": Family(_llama),
+    "qwen3": Family(_qwen3),
+    "gemma2": Family(_gemma2),
+    "gpt2": Family(_gpt2),
+    "bert": Family(_bert, caches=False),
 }
 
 
@@ -158,39 +123,11 @@ def model(name: str, *, tied: bool = True, window: int = 4, dtype: torch.dtype =
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(sum(map(ord, name)))
         built = family.build(case).eval().requires_grad_(False)
-        fill_weights(built, family.offset)
-        scale_weights(built, family, inputs(built, case))
+        fill(built)
+        scale(built, inputs(built, case))
         for parameter in built.parameters():
             parameter.data = parameter.data.bfloat16().float()
     return built
-
-
-def fill_weights(built: nn.Module, offset: float) -> None:
-    """Random weights of unit gain: norms (offset + weight) around 1, biases of 0.3, others 1/sqrt(inputs)."""
-    for module in built.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            noise = torch.randn_like(parameter)
-            if is_norm(module) and name == "weight":
-                parameter.data = 1 - offset + 0.2 * noise
-            elif parameter.dim() < 2:
-                parameter.data = 0.3 * noise
-            else:  # Linear [out, in], Embedding [entries, width]; Conv1D [in, out]
-                conv = type(module).__name__ == "Conv1D"
-                parameter.data = noise / parameter.shape[0 if conv else 1] ** 0.5
-
-
-def scale_weights(built: nn.Module, family: Family, example: Mapping[str, torch.Tensor]) -> None:
-    """Scale in place until attention logits have a standard deviation of about 2 and outputs of about 1."""
-    for _ in range(4):  # each layer's scale moves the later layers' inputs a little
-        stds, _ = measure(built, example)
-        for views, std in zip(family.queries(built), stds, strict=True):
-            for view in views:
-                view.data.mul_(LOGIT_STD / std)
-    for _ in range(4):  # a final softcap bends the proportion
-        factor = 1 / measure(built, example)[1]
-        for weight in family.head(built):
-            offset = family.offset if weight.dim() == 1 else 0.0
-            weight.data.add_(offset).mul_(factor).sub_(offset)
 
 
 def measure(built: nn.Module, example: Mapping[str, torch.Tensor]) -> tuple[list[float], float]:

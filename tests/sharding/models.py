@@ -10,8 +10,9 @@ import transformers
 from torch import nn
 
 from graphopt.capture import Captured, capture
-from tests.models.zoo import FAMILIES, Family, fill_weights, inputs, scale_weights
+from graphopt.tools.zoo.weights import fill, scale
 from tests.models.zoo import Case as ZooCase
+from tests.models.zoo import inputs
 
 CAUSAL: Mapping[str, tuple[Callable[..., object], Mapping[str, object]]] = {
     "llama": (transformers.LlamaConfig, dict(
@@ -66,13 +67,11 @@ LAYERS = 2
 def model(name: str, *, tied: bool = True) -> nn.Module:
     """The tiny model of a family, in eval mode, with weights that let errors show; equal in every process."""
     case = ZooCase(tied=tied)
-    known = FAMILIES[name]
-    family = Family(BUILD[name], known.queries, known.head, known.offset, known.caches)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(sum(map(ord, name)))
-        built = family.build(case).eval().requires_grad_(False)
-        fill_weights(built, family.offset)
-        scale_weights(built, family, inputs(built, case))
+        built = BUILD[name](case).eval().requires_grad_(False)
+        fill(built)
+        scale(built, inputs(built, case))
     return built
 
 

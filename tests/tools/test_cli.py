@@ -160,7 +160,7 @@ def test_tiny_models_run(name: str) -> None:
     with torch.no_grad():
         first = example.model(*example.args, **example.kwargs)[0]
     assert first.shape[0] == 3 and bool(first.isfinite().all())
-    assert sum(p.numel() for p in example.model.parameters()) < 200_000
+    assert sum(p.numel() for p in example.model.parameters()) < 250_000
     assert not example.model.training
 
 

@@ -1,0 +1,93 @@
+"""What the zoo says of one type: rows of its table, as values that JSON keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+
+
+@dataclass
+class Run:
+    """One dtype and padding. Of several calls and graphs, the counts are the sums over the first call.
+
+    Attributes:
+        graphs: how many the compiler made; `recompiled` of them at a second, equal call.
+        found: what was recognised, by the names of census.OPS_OF.
+        unmatched: op name -> share (0..1) of the FLOPs in heavy work outside the vocabulary.
+        refused: why a graph ran as it was written, or could not be judged.
+        wrong: what broke the accuracy rule, or an exception at run time.
+        matched: rule -> matches.
+        misses: rule -> its nearest miss, of the rules that came furthest.
+        judged: how many graphs ran beside their fp64 oracle.
+        handed_back: how many graphs graphopt refused as a whole: the original runs.
+    """
+
+    graphs: int = 0
+    recompiled: int = 0
+    judged: int = 0
+    handed_back: int = 0
+    found: dict[str, int] = field(default_factory=dict)
+    unmatched: dict[str, float] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    matched: dict[str, int] = field(default_factory=dict)
+    misses: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def right(self) -> bool:
+        """Whether nothing is wrong, and every graph was judged or is the original."""
+        return not self.wrong and self.judged + self.handed_back == self.graphs > 0
+
+
+@dataclass
+class Row:
+    """One type: why it could not be built or run in eager, or what is there and what each run found."""
+
+    type: str
+    group: str
+    broken: str | None = None
+    there: dict[str, int] = field(default_factory=dict)
+    runs: dict[str, Run] = field(default_factory=dict)
+    seconds: float = 0.0
+    """CPU time, all runs together."""
+
+    @property
+    def right(self) -> bool:
+        """Whether it builds and all runs are right."""
+        return self.broken is None and bool(self.runs) and all(run.right for run in self.runs.values())
+
+    def found(self, what: str) -> int:
+        """How many of a kind every run recognised, no more than there are."""
+        return min([self.there.get(what, 0), *(run.found.get(what, 0) for run in self.runs.values())])
+
+    def short(self) -> Row:
+        """The row with its runs as one: what all of them found, what any of them broke; no rules."""
+        runs = tuple(self.runs.values())
+        if not runs:
+            return self
+        whole = Run(
+            graphs=max(run.graphs for run in runs),
+            recompiled=max(run.recompiled for run in runs),
+            found={what: min(run.found.get(what, 0) for run in runs) for what in runs[0].found},
+            unmatched=max((run.unmatched for run in runs), key=lambda shares: sum(shares.values())),
+            refused=list(dict.fromkeys(text for run in runs for text in run.refused)),
+            wrong=list(dict.fromkeys(text for run in runs for text in run.wrong)),
+        )
+        whole.handed_back = max(run.handed_back for run in runs)
+        if self.right:
+            whole.judged = whole.graphs - whole.handed_back
+        return replace(self, runs={" / ".join(self.runs): whole})
+
+    def to_dict(self) -> dict[str, object]:
+        """The row as plain values, without those that are empty; `from_dict` reads it back."""
+        values = {key: value for key, value in asdict(self).items() if value}
+        for name, run in values.get("runs", {}).items():
+            values["runs"][name] = {key: value for key, value in run.items() if value}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> Row:
+        """The row that `to_dict` gave."""
+        runs = values.get("runs", {})
+        assert isinstance(runs, dict)
+        return cls(**{**values, "runs": {k: Run(**v) for k, v in runs.items()}})  # type: ignore[arg-type]

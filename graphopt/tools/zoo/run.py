@@ -1,0 +1,197 @@
+"""One type of the zoo: built, counted in eager, compiled and judged in each dtype, padded and not."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from graphopt import backend
+from graphopt.accuracy import judge, raise_to_fp64
+from graphopt.capture import from_dynamo
+from graphopt.errors import CaptureRefused, GraphoptError
+from graphopt.report import Report
+from graphopt.rewrite import Refusal
+from graphopt.tools.zoo.build import kinds, tiny_model
+from graphopt.tools.zoo.census import OPS_OF, expected_counts, recognised_counts
+from graphopt.tools.zoo.inputs import example
+from graphopt.tools.zoo.row import Row, Run
+from graphopt.tools.zoo.weights import in_dtype
+
+PADDINGS = ("none", "left")
+MISSES = 16  # kept of a run, the nearest
+LONG = 300  # characters of an error that are kept
+
+
+def examine(model_type: str, dtypes: Sequence[torch.dtype], paddings: Sequence[str] = PADDINGS) -> Row:
+    """The row of a type; raises nothing: what fails is in it."""
+    row = Row(model_type, kinds()[model_type].group)
+    started = time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the backend: the report has them
+        try:
+            model = tiny_model(model_type)
+            counts = expected_counts(model, **example(model))
+            row.there = {name: n for name, n in counts.items() if n}
+            for dtype in dtypes:
+                if dtype != torch.float32:
+                    in_dtype(model, dtype)
+                _runs(row, model, dtype, paddings)
+        except Exception as error:
+            row.broken = _told(error)
+    row.seconds = round(time.process_time() - started, 2)
+    return row
+
+
+def _runs(row: Row, model: torch.nn.Module, dtype: torch.dtype, paddings: Sequence[str]) -> None:
+    """Add a run for each padding that the model takes."""
+    for padding in paddings:
+        given = example(model, padding=padding, dtype=dtype)
+        mask = given.get("attention_mask")
+        if padding != "none" and mask is None:
+            continue
+        with torch.no_grad():
+            model(**given)  # what fails in eager is no matter of ours
+        row.runs[f"{str(dtype).removeprefix('torch.')} {padding}"] = _run(model, given, mask, dtype)
+
+
+def _run(
+    model: torch.nn.Module, given: Mapping[str, torch.Tensor], mask: torch.Tensor | None, dtype: torch.dtype
+) -> Run:
+    torch.compiler.reset()
+    beside = Beside(dtype, mask)
+    compiled = torch.compile(model, backend=beside, dynamic=False)
+    try:
+        with torch.no_grad():
+            compiled(**given)
+            beside.run.graphs, beside.counting = len(beside.reports), False
+            compiled(**given)
+    except Exception as error:
+        beside.run.wrong.append(_told(error))
+        beside.run.graphs = beside.run.graphs or len(beside.reports)
+    return beside.finished()
+
+
+@dataclass
+class Beside:
+    """A backend that is graphopt, and runs each graph beside the original and its fp64 oracle."""
+
+    dtype: torch.dtype
+    mask: torch.Tensor | None
+    run: Run = field(default_factory=Run)
+    counting: bool = True
+    reports: list[Report | None] = field(default_factory=list)
+    judged: set[int] = field(default_factory=set)
+
+    def __call__(self, gm: fx.GraphModule, examples: Sequence[object]) -> Callable[..., object]:
+        """As `torch.compile` calls a backend."""
+        number = len(self.reports)
+        ours, report = self._ours(gm, examples)
+        self.reports.append(report)
+        if report is None:
+            return ours
+        oracle = self._oracle(gm, examples)
+
+        def call(*values: object) -> object:
+            if self.counting:
+                self._count(report)
+            with torch.no_grad():
+                expected = oracle(*_copies(values)) if oracle else None
+                eager = gm.forward(*_copies(values))
+                result = ours(*values)
+                if oracle:
+                    self._judge(number, expected, eager, result)
+            return result
+
+        return call
+
+    def _ours(
+        self, gm: fx.GraphModule, examples: Sequence[object]
+    ) -> tuple[Callable[..., object], Report | None]:
+        """What graphopt makes of it, strictly; the original where it refuses, with the reason noted."""
+        try:
+            run = backend.graphopt(gm, examples, options={"strict": True})
+        except Exception as error:
+            self.run.refused.append(_told(error))
+            self.run.handed_back += 1
+            return gm.forward, None
+        return run, backend.reports()[-1]
+
+    def _oracle(self, gm: fx.GraphModule, examples: Sequence[object]) -> Callable[..., object] | None:
+        try:
+            return raise_to_fp64(from_dynamo(gm, examples).gm)
+        except (CaptureRefused, ValueError) as error:
+            self.run.refused.append(f"no oracle: {_told(error)}")
+            return None
+
+    def _count(self, report: Report) -> None:
+        run = self.run
+        for name, n in recognised_counts(report.counts).items():
+            run.found[name] = run.found.get(name, 0) + n
+        for name, share in report.unmatched.items():
+            run.unmatched[name] = max(share, run.unmatched.get(name, 0.0))
+
+    def _judge(self, number: int, expected: object, eager: object, result: object) -> None:
+        try:
+            verdict = judge(self._real(expected), self._real(eager), self._real(result), self.dtype)
+        except (TypeError, ValueError) as error:
+            self.run.refused.append(f"cannot be judged: {_told(error)}")
+            return
+        self.judged.add(number)
+        if not verdict.ok and verdict.reason not in self.run.wrong:
+            self.run.wrong.append(verdict.reason or "")
+
+    def _real(self, outputs: object) -> tuple[object, ...]:
+        """A graph's outputs at real tokens: what stands at padding means nothing."""
+        values = tuple(outputs) if isinstance(outputs, (list, tuple)) else (outputs,)
+        if self.mask is None:
+            return values
+        rows, shape = self.mask.bool(), self.mask.shape
+        return tuple(x[rows] if isinstance(x, torch.Tensor) and x.shape[:2] == shape else x for x in values)
+
+    def finished(self) -> Run:
+        """The run, with matches and near misses of all reports."""
+        run = self.run
+        run.recompiled, run.judged = len(self.reports) - run.graphs, len(self.judged)
+        run.found = {name: run.found.get(name, 0) for name in OPS_OF if run.found.get(name)}
+        run.unmatched = {name: round(share, 4) for name, share in run.unmatched.items() if share >= 5e-5}
+        run.refused = list(dict.fromkeys(run.refused))
+        reports = [report for report in self.reports if report is not None]
+        run.matched = dict(sorted(Counter(m.rule for r in reports for m in r.matches).items()))
+        run.misses = {r.rule: _miss(r) for r in _nearest(reports, run.matched)}
+        return run
+
+
+def _nearest(reports: Sequence[Report], matched: Mapping[str, int]) -> list[Refusal]:
+    """The near misses that came furthest, of the rules that matched nowhere."""
+    furthest: dict[str, Refusal] = {}
+    for report in reports:
+        for rule, refusal in report.near_misses.items():
+            if rule not in matched and (rule not in furthest or refusal.depth > furthest[rule].depth):
+                furthest[rule] = refusal
+    return sorted(furthest.values(), key=lambda r: -r.depth)[:MISSES]
+
+
+def _miss(refusal: Refusal) -> str:
+    source = refusal.source.split(" ", 1)[0]
+    return f"at {refusal.module_path or refusal.node} ({source}): {refusal.reason}"
+
+
+def _copies(values: Sequence[object]) -> list[object]:
+    """Values whose change is seen by nobody; weights as they are, which no graph of the zoo changes."""
+    copied: dict[int, object] = {}
+    for x in values:
+        if isinstance(x, torch.Tensor) and not isinstance(x, torch.nn.Parameter):
+            copied.setdefault(id(x), x.clone())
+    return [copied.get(id(x), x) for x in values]
+
+
+def _told(error: Exception) -> str:
+    """An error in one line."""
+    kind = "" if isinstance(error, GraphoptError) else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split())}"[:LONG]

@@ -1,0 +1,74 @@
+"""A fixed sample of the zoo: each type builds, has the golden counts, is right, and has lost no match.
+
+All types run by `make zoo`. A type is a minute of an idle machine at most; these take about 3 s each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from graphopt.tools.zoo.build import kinds, tiny_model
+from graphopt.tools.zoo.census import watching
+from graphopt.tools.zoo.inputs import example
+from graphopt.tools.zoo.run import examine
+from graphopt.tools.zoo.table import lost, miscounted, read
+
+GOLDEN: dict[str, dict[str, int]] = json.loads((Path(__file__).parent / "golden_zoo.json").read_text())
+BASELINE = read(Path(__file__).parents[2] / "bench" / "results" / "zoo.json")
+
+# Diverse and cheap. Each with the dtype and padding of one run: the whole product is for `make zoo`.
+SAMPLE = {
+    "mistral": ("float32", "left"),  # a window
+    "mixtral": ("bfloat16", "left"),  # routed experts
+    "gemma3": ("float32", "none"),  # local and global layers, norms of 1 + w
+    "phi": ("bfloat16", "left"),  # attention and MLP in parallel, partial rope
+    "gptj": ("float32", "left"),  # interleaved rope
+    "bloom": ("float32", "left"),  # ALiBi
+    "falcon": ("bfloat16", "none"),  # one packed projection
+    "gpt_oss": ("bfloat16", "none"),  # sinks
+    "deepseek_v3": ("float32", "left"),  # latent attention
+    "t5": ("float32", "left"),  # relative position bias, cross attention
+    "roberta": ("bfloat16", "left"),
+    "deberta-v2": ("float32", "left"),  # disentangled positions
+    "vit": ("float32", "none"),
+    "whisper": ("float32", "none"),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_type_is_right_and_has_lost_nothing(name: str) -> None:
+    dtype, padding = SAMPLE[name]
+    row = examine(name, [getattr(torch, dtype)], [padding])
+    assert row.broken is None, row.broken
+    assert name in GOLDEN and not miscounted([row], GOLDEN)
+    assert row.right, row.runs
+    assert list(row.runs) == [f"{dtype} {padding}"]
+    assert any(before.type == name for before in BASELINE)
+    assert not lost([row], BASELINE)
+
+
+def test_the_sample_sees_both_dtypes_and_paddings() -> None:
+    assert set(SAMPLE.values()) >= {("float32", "none"), ("float32", "left"), ("bfloat16", "left")}
+    assert len({kinds()[name].group for name in SAMPLE}) == 5
+
+
+@pytest.mark.parametrize("name", ["gptj", "bert", "t5"])
+def test_weights_let_errors_show(name: str) -> None:
+    model = tiny_model(name)
+    with torch.no_grad(), watching(model) as seen:
+        logits = model(**example(model)).logits
+    assert all(1 <= float(x.std()) <= 3 for x in seen.logits) and seen.logits
+    assert 0.5 <= float(logits.std()) <= 2
+    for parameter in model.parameters():
+        assert torch.equal(parameter, parameter.bfloat16().float())

@@ -1,0 +1,442 @@
+"""graphopt.tools.zoo: the shrink, the census, the judge beside a compiler, workers, tables, comparisons."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from typer.testing import CliRunner
+
+from graphopt import backend
+from graphopt.errors import OptionError
+from graphopt.tools import cli
+from graphopt.tools.zoo import drift, run
+from graphopt.tools.zoo.build import build, kinds, tiny_config, zoo_types
+from graphopt.tools.zoo.census import normalises, watching
+from graphopt.tools.zoo.command import update_golden
+from graphopt.tools.zoo.inputs import example, padding_mask
+from graphopt.tools.zoo.row import Row, Run
+from graphopt.tools.zoo.shrink import HEAD_DIM, VOCABULARY, shrink
+from graphopt.tools.zoo.sizes import SIZES_OF
+from graphopt.tools.zoo.table import details, lost, miscounted, read, table, totals, write, wrong
+from graphopt.tools.zoo.weights import fill, in_dtype, scale
+from graphopt.tools.zoo.workers import Worker, examined
+
+# ------------------------------------------------------------------------------------------------ shrink
+
+
+def test_sizes_are_small_and_ugly() -> None:
+    config = shrink(transformers.LlamaConfig(num_key_value_heads=8))
+    assert config.num_key_value_heads < config.num_attention_heads
+    assert config.head_dim * config.num_attention_heads != config.hidden_size
+    assert config.vocab_size == VOCABULARY and config.pad_token_id in (0, None)
+
+
+def test_sub_configs_are_shrunk_and_changes_reach_them() -> None:
+    config = shrink(transformers.CLIPConfig(), {"text_config.num_hidden_layers": 1, "projection_dim": 8})
+    assert config.text_config.num_hidden_layers == 1 and config.vision_config.num_hidden_layers == 2
+    assert config.vision_config.image_size == 24 and config.projection_dim == 8
+
+
+def test_one_layer_of_each_kind_stays() -> None:
+    kinds_of = ["sliding_attention"] * 5 + ["full_attention"]
+    config = shrink(transformers.Gemma3TextConfig(num_hidden_layers=12, layer_types=kinds_of * 2))
+    assert config.num_hidden_layers == 2 and set(config.layer_types) == set(kinds_of)
+
+
+def test_tokens_are_inside_the_vocabulary() -> None:
+    config = shrink(transformers.Gemma3Config())
+    assert config.image_token_id < VOCABULARY
+    assert config.text_config.eos_token_id == 2
+
+
+def test_rotary_sections_fit_the_head() -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 24, 24]}
+    config = shrink(transformers.AutoConfig.for_model("qwen2_vl_text", rope_parameters=rope))
+    assert sum(config.rope_parameters["mrope_section"]) <= HEAD_DIM // 2
+
+
+def test_the_size_table_names_types_that_exist() -> None:
+    newest = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
+    unknown = SIZES_OF.keys() - kinds().keys()
+    assert not unknown or not newest, "types that transformers does not have; remove their rows"
+
+
+def test_types_have_heads_and_image_types_attend() -> None:
+    types = zoo_types()
+    assert {"llama", "bert", "t5", "whisper", "vit", "clip"} <= set(types) and len(types) == len(set(types))
+    assert "resnet" not in types
+    with pytest.raises(OptionError, match="no model of type 'none'"):
+        build(_typed("none"))
+
+
+def _typed(name: str) -> transformers.PretrainedConfig:
+    config = transformers.PretrainedConfig()
+    config.model_type = name
+    return config
+
+
+# ------------------------------------------------------------------------------------------------ inputs
+
+
+def test_padding() -> None:
+    left, right = (padding_mask(3, 4, side) for side in ("left", "right"))
+    assert left.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]
+    assert torch.equal(left, right.flip(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("bert", {"input_ids", "attention_mask"}),
+        ("t5", {"input_ids", "attention_mask", "decoder_input_ids"}),
+        ("vit", {"pixel_values"}),
+        ("clip", {"input_ids", "attention_mask", "pixel_values"}),
+        ("whisper", {"input_features", "decoder_input_ids"}),
+        ("wav2vec2", {"input_values"}),
+        ("perceiver", {"inputs"}),
+    ],
+)
+def test_inputs_are_what_a_model_takes(name: str, keys: set[str]) -> None:
+    with torch.device("meta"):
+        model = build(tiny_config(name)).to("meta")  # some parameters ignore where they are asked to be
+    given = example(model, padding="left")
+    assert set(given) == keys and all(x.device.type == "meta" for x in given.values())
+
+
+def test_what_no_example_is_known_of_is_an_error() -> None:
+    class Odd(nn.Linear):
+        main_input_name, config = "smell", transformers.PretrainedConfig()
+
+    with pytest.raises(OptionError, match="Odd takes smell"):
+        example(Odd(2, 2))
+
+
+# ------------------------------------------------------------------------------------------------ census
+
+
+class Scores(nn.Module):
+    """Attention by hand; with `values` off, the softmax is read by a weight only."""
+
+    def __init__(self, values: bool, weight: bool = False) -> None:
+        super().__init__()
+        self.values, self.w = values, nn.Parameter(torch.randn(6, 6)) if weight else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = x @ (x.mT if self.w is None else self.w.t())
+        probabilities = F.dropout(torch.softmax(scores / 2, -1), 0.0)
+        return probabilities.contiguous() @ x if self.values else probabilities
+
+
+@pytest.mark.parametrize(
+    ("model", "wanted"), [(Scores(True), 1), (Scores(False), 0), (Scores(True, weight=True), 0)]
+)
+def test_an_attention_is_a_softmax_between_two_products(model: nn.Module, wanted: int) -> None:
+    with torch.no_grad(), watching(model) as seen:
+        model(torch.randn(2, 6, 6))
+    assert seen.counts["attention"] == wanted == len(seen.logits)
+
+
+class Scaled(nn.Module):
+    """Called a norm, but an affine map."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+class FakeNorm(Scaled):
+    """Its name ends in norm."""
+
+
+@pytest.mark.parametrize(
+    ("module", "wanted"),
+    [
+        (nn.LayerNorm(8), True),
+        (nn.RMSNorm(8), True),
+        (FakeNorm(), False),
+        (nn.BatchNorm1d(5).eval(), False),
+        (nn.GroupNorm(5, 5), False),  # forgets each row's scale, too; its weights lie along the channels
+        (nn.GroupNorm(1, 5), False),
+    ],
+)
+def test_a_norm_forgets_the_scale_of_each_row(module: nn.Module, wanted: bool) -> None:
+    assert normalises(module, (torch.randn(3, 5, 8),), {}) is wanted
+
+
+def test_functions_count_like_modules() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.act, self.up = nn.LayerNorm(4), nn.SiLU(), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.layer_norm(self.norm(x + x), (4,)) + F.gelu(self.up(x)) + self.act(x)
+
+    counts = _counts(Both(), torch.randn(2, 4))
+    assert counts == {"norm": 2, "norm of a sum": 1, "mlp": 2, "linear": 1}
+
+
+def _counts(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
+    with torch.no_grad(), watching(model) as seen:
+        model(x)
+    return {name: n for name, n in seen.counts.items() if n}
+
+
+def test_watching_leaves_the_model_as_it_was() -> None:
+    model = build(tiny_config("llama"))
+    file = sys.modules[type(model).__module__]
+    before = file.apply_rotary_pos_emb
+    with watching(model):
+        assert file.apply_rotary_pos_emb is not before
+    assert file.apply_rotary_pos_emb is before
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+def test_norms_keep_their_constant_and_matrices_have_unit_gain() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(400), nn.Linear(400, 300))
+    with torch.no_grad():
+        fill(model)
+    norm, linear = model
+    assert abs(float(norm.weight.mean()) - 1) < 0.1 < float(norm.weight.std())
+    assert abs(float(linear.weight.std()) * 20 - 1) < 0.1 and abs(float(linear.bias.std()) - 0.3) < 0.1
+
+
+def test_scaling_finds_the_weight_that_logits_are_proportional_to() -> None:
+    class Attend(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.q, self.out = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            x = self.norm(x)
+            return {"y": self.out(F.scaled_dot_product_attention(self.q(x), x, x))}
+
+    torch.manual_seed(0)
+    model, given = Attend().eval().requires_grad_(False), {"x": 9 * torch.randn(1, 2, 7, 16)}
+    norm = model.norm.weight.clone()
+    with torch.no_grad():
+        scale(model, given)
+        with watching(model) as seen:
+            output = model(**given)["y"]
+    assert abs(float(seen.logits[0].std()) - 2) < 0.1 and abs(float(output.std()) - 1) < 0.1
+    assert torch.equal(model.norm.weight, norm)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_what_a_model_keeps_in_fp32_stays() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model._keep_in_fp32_modules_strict = {"1.weight"}  # type: ignore[assignment]
+    in_dtype(model, torch.bfloat16)
+    assert [p.dtype for p in model.parameters()] == [
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+        torch.bfloat16,
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ judging
+
+
+class Doubled(nn.Module):
+    """A graph of one linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.linear(x)
+
+
+def judged(model: nn.Module, x: torch.Tensor) -> Run:
+    return run._run(model.eval().requires_grad_(False), {"x": x}, None, torch.float32)
+
+
+def test_a_right_graph_is_right() -> None:
+    found = judged(Doubled(), torch.randn(2, 4))
+    assert found.right and found.graphs == found.judged == 1 and found.found["linear"] == 1
+
+
+def test_a_wrong_graph_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = backend.graphopt
+
+    def broken(gm: torch.fx.GraphModule, examples: list[object], **kwargs: object) -> Callable[..., object]:
+        inner = real(gm, examples, **kwargs)  # type: ignore[arg-type]
+        return lambda *args: tuple(1.01 * x for x in inner(*args))  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(backend, "graphopt", broken)
+    found = judged(Doubled(), torch.randn(2, 4))
+    assert not found.right and "rmse" in found.wrong[0]
+
+
+def test_a_refused_graph_is_named_and_not_judged() -> None:
+    class Complex(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.view_as_real(torch.view_as_complex(x) * 1j)
+
+    found = judged(Complex(), torch.randn(2, 4, 2))
+    assert found.refused and found.handed_back == found.graphs == 1 and found.judged == 0
+
+
+def test_what_fails_to_build_is_a_row() -> None:
+    row = run.examine("gemma4_assistant" if "gemma4_assistant" in kinds() else "vibevoice", [torch.float32])
+    assert row.broken and not row.right
+
+
+# ------------------------------------------------------------------------------------------- rows, tables
+
+
+def a_row(norms: int = 2, **changes: object) -> Row:
+    found = Run(
+        graphs=1, judged=1, found={"norm": norms}, matched={"some_rms_norm": norms}, unmatched={"a": 0.5}
+    )
+    return Row(
+        **{"type": "llama", "group": "causal LM", "there": {"norm": 2}, "runs": {"fp32": found}} | changes
+    )  # type: ignore[arg-type]
+
+
+def test_rows_are_kept_in_json(tmp_path: Path) -> None:
+    rows = [a_row(), Row("x", "causal LM", broken="no")]
+    write(rows, tmp_path / "zoo.json", {"torch": "2"})
+    assert read(tmp_path / "zoo.json") == tuple(rows)
+    (tmp_path / "odd.json").write_text("[]")
+    with pytest.raises(OptionError, match="make one with graphopt zoo --json"):
+        read(tmp_path / "odd.json")
+
+
+def test_the_short_row_has_what_all_runs_have() -> None:
+    row = a_row()
+    row.runs["bf16"] = Run(graphs=1, judged=1, found={"norm": 1}, matched={}, unmatched={"a": 0.7})
+    short = row.short()
+    (whole,) = short.runs.values()
+    assert short.right and short.found("norm") == row.found("norm") == 1
+    assert whole.unmatched == {"a": 0.7}
+    row.runs["bf16"].wrong.append("rmse")
+    assert not row.short().right
+
+
+def test_lost_matches_are_told_with_their_rules() -> None:
+    assert lost([a_row()], [a_row()]) == [] == lost([a_row()], [])
+    fewer = a_row(1)
+    fewer.runs["fp32"].misses = {"some_rms_norm": "at layers.0: eps differs"}
+    (told,) = lost([fewer], [a_row().short()])
+    assert told.splitlines() == [
+        "llama: norm 2 -> 1; nearest misses now:",
+        "    some_rms_norm at layers.0: eps differs",
+    ]
+    assert lost([Row("llama", "causal LM", broken="no")], [a_row()]) == ["llama is broken: no"]
+    off = a_row()
+    off.runs["fp32"].wrong = ["rmse"]
+    assert lost([off], [a_row()]) == ["llama is no longer right: rmse"] and wrong([off])
+
+
+def test_other_counts_than_the_golden_ones_are_told() -> None:
+    assert not miscounted([a_row()], {"llama": {"norm": 2}}) and not miscounted([a_row()], {})
+    assert "counts {'norm': 2}" in miscounted([a_row()], {"llama": {"norm": 3}})[0]
+
+
+def test_the_golden_table_is_updated_by_type(tmp_path: Path) -> None:
+    path = tmp_path / "golden.json"
+    path.write_text('{"bert": {"norm": 1}}')
+    update_golden([a_row(), Row("x", "causal LM", broken="no")], path)
+    assert json.loads(path.read_text()) == {"bert": {"norm": 1}, "llama": {"norm": 2}}
+
+
+def test_the_table_and_its_details_say_what_is_missing() -> None:
+    from rich.console import Console
+
+    row = a_row(1)
+    row.runs["fp32"].misses = {"other_norm": "at layers.0: eps differs"}
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table([row, Row("x", "causal LM", broken="no such size")]))
+    text = console.export_text()
+    assert "1/2" in text and "50%" in text and "broken: no such size" in text
+    assert details([row]) == [
+        "llama: short of norm; nearest misses:",
+        "    other_norm at layers.0: eps differs",
+    ]
+    assert "norm 50.0% of 2" in str(totals([row]))
+
+
+# ------------------------------------------------------------------------------------- workers, command
+
+
+def task(name: str) -> dict[str, object]:
+    return {"type": name, "group": "image", "dtypes": ["float32"], "paddings": ["none"]}
+
+
+def test_a_process_examines_types_and_survives_a_dead_one(tmp_path: Path) -> None:
+    dead = tmp_path / "dead"
+    dead.write_text("#!/bin/sh\necho broken pipe of dreams >&2\nexit 3\n")
+    dead.chmod(0o755)
+    (row,) = examined([task("vit")], [Worker(python=str(dead))])
+    assert row.broken == "the process ended: status 3, broken pipe of dreams"
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    (row,) = examined([task("vit")], [Worker(python=str(slow), limit=0.2)])
+    assert row.broken == "not done in 0 s"
+
+
+def test_the_command_writes_compares_and_fails(tmp_path: Path) -> None:
+    full, golden = tmp_path / "zoo.json", tmp_path / "golden.json"
+    words = ["zoo", "vit", "--dtype", "float32", "--json", str(full), "--golden", str(golden), "--update"]
+    done = CliRunner().invoke(cli.app, words)
+    assert done.exit_code == 0, done.output
+    assert "1 types, 1 built, 1 right" in done.stdout
+    (row,) = read(full)
+    assert (
+        row.right
+        and list(row.runs) == ["float32 none"]
+        and json.loads(golden.read_text())["vit"] == row.there
+    )
+    row.there["norm"] += 1
+    row.runs["float32 none"].found["norm"] += 1
+    write([row], full, {})
+    golden.write_text(json.dumps({"vit": {**row.there}}))
+    words = ["zoo", "vit", "--dtype", "float32", "--baseline", str(full), "--golden", str(golden)]
+    done = CliRunner().invoke(cli.app, words)
+    assert done.exit_code == 1 and "an eager run counts" in done.output
+
+
+def test_an_unknown_type_is_named() -> None:
+    done = CliRunner().invoke(cli.app, ["zoo", "lama"])
+    assert done.exit_code == 2 and "did you mean 'llama'?" in done.output
+
+
+# -------------------------------------------------------------------------------------------------- drift
+
+
+def test_drift_names_the_rule_that_is_lost_and_its_nearest_miss() -> None:
+    now = a_row(1)
+    now.runs["fp32"].matched, now.runs["fp32"].misses = (
+        {},
+        {"some_rms_norm": "at layers.0: expected a, found b"},
+    )
+    told = drift.compared([now], [a_row()], "6.0", "5.17.0").splitlines()
+    assert told[1:] == [
+        "llama: norm 1 of 2 in 6.0, 2 of 2 in the other",
+        "    some_rms_norm is lost: at layers.0: expected a, found b",
+    ]
+    assert "no rule matches less" in drift.compared([a_row()], [a_row()], "6.0", "5.17.0")
+    assert "not in 5.17.0: new" in drift.compared([a_row()], [a_row(broken="new")], "6.0", "5.17.0")
+
+
+def test_an_environment_that_cannot_be_made_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drift.sys, "executable", "/bin/false")
+    with pytest.raises(OptionError, match=r"no environment with transformers 0\.0\.1"):
+        drift.environment("0.0.1", tmp_path)
