@@ -30,8 +30,12 @@ COMMUTATIVE = frozenset(
     }
 )
 # Free to compute twice: an inner view that something else reads, too, is left there for the other reader.
+# So is a repetition, though it copies: all layers share the tables of a rope with each angle twice.
 VIEWS = frozenset(
-    {aten.reshape.default, aten.permute.default, aten.expand.default, aten.slice.Tensor, aten.select.int}
+    {
+        *(aten.reshape.default, aten.permute.default, aten.expand.default, aten.slice.Tensor),
+        *(aten.select.int, aten.repeat_interleave.self_int),
+    }
 )
 STEP_BOUND = 20_000  # goals for one attempt; real rules need tens
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts on the whole road: three ways to write one become one op, which other passes bear."""
+"""Mixtures of experts on the whole road: each way to write one becomes one op, which other passes bear."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from graphopt import defaults, ops
 from graphopt.accuracy import judge, raise_to_fp64
 from graphopt.kernels import experts as kernels
 from graphopt.options import Options
+from graphopt.passes.quantize import Quantize
+from graphopt.pipeline import Pipeline
 from tests.rewriting import vocabulary
 
 TOKENS, CHOSEN, EXPERTS, WIDTH, INNER = 7, 2, 4, 24, 16  # grouped_mm takes rows of 16 bytes only
@@ -166,8 +168,8 @@ def test_the_router_keeps_its_weights_and_the_rest_is_packed() -> None:
     """Quantization: the router is kept, the shared expert's linears go, the experts stay as they are."""
     model, x = Block(batched).eval(), torch.randn(1, TOKENS, WIDTH)
     program = graphopt.capture(model, x)
-    options = Options(quantize="int8", quantize_group=4)
-    out, _ = defaults.pipeline(options, until="quantize").run(program, defaults.context(options))
+    road = Pipeline((*defaults.pipeline(until="merge").passes, Quantize(group=4, least=1)))
+    out, _ = road.run(program, defaults.context())
     names = vocabulary(out.gm)
     assert names.count("experts") == 1 and names.count("linear") == 1 and names.count("linear_int8") >= 2
 
