@@ -1,4 +1,4 @@
-"""Every dimension and dtype of every pattern counts: where a tensor has another, the rule refuses or is right.
+"""Every dimension and dtype of a pattern counts: where a tensor has another, the rule refuses or is right.
 
 The mutants of test_rules.py change calls and their literals; these change the tensors that a pattern reads.
 """
