@@ -35,7 +35,17 @@ from graphopt.passes.merge import Merge
 from graphopt.passes.quantize import Quantize
 from graphopt.passes.recognise import Recognise
 from graphopt.passes.shard import Shard
-from graphopt.patterns import attention, cache, linear, mlp, moe, norm, rope, torch_ops
+from graphopt.patterns import (
+    attention,
+    attention_scores,
+    cache,
+    linear,
+    mlp,
+    moe,
+    norm,
+    rope,
+    torch_ops,
+)
 from graphopt.pipeline import Context, Pass, Pipeline, passes_named
 from graphopt.rule import Rule
 from graphopt.targets import CPU, target_of
@@ -49,6 +59,7 @@ RULES: tuple[Rule | Translation, ...] = (
     *mlp.RULES,
     *moe.RULES,  # after the activations that stand between its products
     *linear.RULES,
+    *attention_scores.RULES,
     *attention.RULES,
     *cache.RULES,
 )

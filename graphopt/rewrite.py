@@ -284,18 +284,19 @@ class Rewriter:
             lambda new, old, value: adopt(new, grown.get(new.target, old or anchor), origin, value),
         )
         made = template.instantiate()
-        for old, fresh in zip(outputs, made, strict=True):
-            if isinstance(fresh, fx.Node):
-                old.replace_all_uses_with(fresh)
+        pairs = [(old, n) for old, n in zip(outputs, made, strict=True) if isinstance(n, fx.Node)]
+        for old, fresh in pairs:
+            old.replace_all_uses_with(fresh)
         for node in sorted(replaced, reverse=True):
             if not node.users:
                 self.gm.graph.erase_node(node)
-        added = tuple(n.name for n in made if isinstance(n, fx.Node))
+        added = tuple(fresh.name for _, fresh in pairs)
         done = Match(identity, rule, g.module_path(anchor), g.source(anchor), origin.replaced, added)
         if self.ledger:
-            pairs = [(old, n) for old, n in zip(outputs, made, strict=True) if isinstance(n, fx.Node)]
             self.ledger.rewrote(done, variant.rule.functions(), before, pairs)
         self.applied(done)
+        for _, fresh in pairs:
+            shorten_reshapes(fresh)
         return True
 
     def applied(self, done: Match) -> None:
@@ -372,6 +373,23 @@ def unsafe(variant: Variant, binding: Binding) -> str:
         ):
             return f"{leaf.name} is written in place by an operator that has no pure form"
     return ""
+
+
+def shorten_reshapes(node: fx.Node) -> None:
+    """reshape(reshape(x, a), b) -> reshape(x, b), or x of that shape, where a replacement ends in one."""
+    if not g.is_call(node, torch.ops.aten.reshape.default):
+        return
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    for user in list(node.users):
+        if not g.is_call(user, torch.ops.aten.reshape.default):
+            continue
+        if g.same_shape(g.shape(user), g.shape(x)):
+            user.replace_all_uses_with(x)
+        else:
+            user.args = (x, *user.args[1:])
+    if not node.users:
+        node.graph.erase_node(node)  # else it would be another reader of x
 
 
 def downstream(node: fx.Node) -> Iterator[fx.Node]:

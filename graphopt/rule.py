@@ -107,6 +107,11 @@ class Rule:
         """The functions that say what the rule is."""
         return (self.pattern, self.replacement, *(() if self.guard is None else (self.guard,)))
 
+    def fixed_dtypes(self) -> frozenset[torch.dtype]:
+        """The float dtypes that it names outright: a model without them has no such match."""
+        specs = (s for s in self.specs.values() if isinstance(s, T) and len(s.dtype) > 1)
+        return frozenset(d for s in specs if (d := getattr(torch, s.dtype)).is_floating_point)
+
     def optional(self) -> tuple[str, ...]:
         """The parameters that may be None."""
         return tuple(name for name, s in self.specs.items() if isinstance(s, T) and s.optional)
@@ -227,10 +232,14 @@ class Variant:
 def variants(rule: Rule, dtypes: Iterable[torch.dtype], canonicalise: Canonicalise) -> tuple[Variant, ...]:
     """The rule's variants for a model that uses these float dtypes; equal ones once, the longest first.
 
+    None where the rule names a float dtype outright that the model does not use.
+
     Raises:
         RuleError: the pattern leaves no trace of a parameter, or is no graph of calls.
     """
     present = tuple(d for d in FLOATS if d in set(dtypes))
+    if not rule.fixed_dtypes() <= set(present):
+        return ()
     variables, optional = rule.dtype_variables(), rule.optional()
     found: dict[str, Variant] = {}
     for choice in itertools.product(present, repeat=len(variables)):

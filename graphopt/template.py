@@ -70,11 +70,8 @@ class Template:
                 kwargs = {k: argument(v) for k, v in part.kwargs.items()}
                 if g.is_ours(part.target):
                     args, kwargs = _carry(part.target, args, kwargs, binding.carried)
-                if part.target is aten.reshape.default and part not in results:
-                    made[part] = self.reshaped(args)
-                    continue
-                if part.target is aten.permute.default and part not in results:
-                    made[part] = self.permuted(args)
+                if part.target in VIEWS and part not in results:
+                    made[part] = VIEWS[part.target](self, args)
                     continue
                 if part.target is aten.logical_not.default and part not in results and _negated(args[0]):
                     made[part] = args[0].args[0]  # type: ignore[attr-defined]  # a node
@@ -98,24 +95,30 @@ class Template:
         while isinstance(x, fx.Node) and g.is_call(x, aten.reshape.default):
             x = x.args[0]
         assert isinstance(x, fx.Node) and isinstance(sizes, list)
-        have = [g.expression(s) for s in g.shape(x)]
-        if len(have) == len(sizes) and all(g.equal(a, g.number(b)) for a, b in zip(have, sizes, strict=True)):
+        if _has_sizes(x, sizes):
             return x
-        node = self.call(aten.reshape.default, (x, sizes))
-        self.adopt(node, None, fake_result(node))
-        return node
+        return self.view(aten.reshape.default, x, sizes)
 
     def permuted(self, args: Sequence[object]) -> fx.Node:
-        """A template's permute in canonical form: permutations compose, the identity goes."""
+        """A template's permutation in canonical form: permutations compose, the identity goes."""
         x, dims = args
         assert isinstance(x, fx.Node) and isinstance(dims, list)
         if g.is_call(x, aten.permute.default):
-            inner = x.args[1]
-            dims, x = [inner[d] for d in dims], x.args[0]  # type: ignore[index]  # a list of ints
-            assert isinstance(x, fx.Node)
-        if dims == list(range(len(dims))):
+            dims, x = [x.args[1][d] for d in dims], x.args[0]  # type: ignore[index]  # a list of ints
+        assert isinstance(x, fx.Node)
+        return x if dims == list(range(len(dims))) else self.view(aten.permute.default, x, dims)
+
+    def expanded(self, args: Sequence[object]) -> fx.Node:
+        """A template's expand; none where the sizes are those that are there."""
+        x, sizes = args
+        assert isinstance(x, fx.Node) and isinstance(sizes, list)
+        if _has_sizes(x, sizes):
             return x
-        node = self.call(aten.permute.default, (x, dims))
+        return self.view(aten.expand.default, x, sizes, implicit=False)
+
+    def view(self, target: OpOverload, x: fx.Node, how: list[object], **kwargs: object) -> fx.Node:
+        """A call of a view with its own abstract value."""
+        node = self.call(target, (x, how), kwargs)
         self.adopt(node, None, fake_result(node))
         return node
 
@@ -190,6 +193,13 @@ class Template:
         return node
 
 
+VIEWS: Mapping[object, Callable[[Template, Sequence[object]], fx.Node]] = {
+    aten.reshape.default: Template.reshaped,
+    aten.permute.default: Template.permuted,
+    aten.expand.default: Template.expanded,
+}
+
+
 def fake_result(node: fx.Node) -> object:
     """A call's abstract value, by running it on its arguments' abstract values; adds no guard."""
     values = [g.val(n) for n in node.all_input_nodes]
@@ -201,6 +211,12 @@ def fake_result(node: fx.Node) -> object:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), g.val)  # type: ignore[arg-type]  # values, not nodes
     with torch_private.no_dispatch_of(mode):
         return node.target(*args, **kwargs)  # type: ignore[operator]  # a call's target is callable
+
+
+def _has_sizes(x: fx.Node, sizes: Sequence[object]) -> bool:
+    """Whether these sizes, as arguments, are those that a tensor has."""
+    have = [g.expression(s) for s in g.shape(x)]
+    return len(have) == len(sizes) and all(g.equal(a, g.number(b)) for a, b in zip(have, sizes, strict=True))
 
 
 def _negated(x: object) -> bool:

@@ -1,105 +1,127 @@
-"""Attention spelled out with softmax, scale, softcap, mask and repeated kv heads (torch's SDPA: `torch_ops`).
+"""Attention spelled out, from the softmax to v and its neighbours (torch's SDPA: `torch_ops`).
 
-The spelled-out form grows: matmul(q, k^T) becomes `attention_scores`, which swallows a scale, a softcap and a
-mask, until softmax and v make it `attention`. So each rule is one small equation, in any order.
+softmax(attention_scores) becomes `attention_weights`, and with v `attention`, which then swallows repeated
+heads and casts around it. What models do to the scores is in patterns/attention_scores.py.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, fx
+from collections.abc import Callable
 
-from graphopt import graph as g
+import torch
+from torch import Tensor
+
 from graphopt import ops
 from graphopt.binding import Binding
+from graphopt.patterns.attention_scores import BOOL, MASK, MASKED, lowered, representable
 from graphopt.rule import Float, T, rule
 
-aten = torch.ops.aten
-
-# -------------------------------------------------------------------------------------------- spelled out
+# -------------------------------------------------------------------------------------------------- weights
 
 
-def product_scores(q: Tensor, k: Tensor) -> Tensor:
-    """q @ k^T"""
-    return q @ k.transpose(2, 3)
+def softmax_weights(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(scores)"""
+    return torch.softmax(ops.attention_scores(q, k, 1.0), dim=-1)
 
 
-def multiplied_scores(q: Tensor, k: Tensor, scale: float, factor: float) -> Tensor:
-    """scores * factor"""
-    return ops.attention_scores(q, k, scale) * factor
+def upcast_softmax_weights(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(scores, dtype=float32).to(q.dtype)"""
+    return torch.softmax(ops.attention_scores(q, k, 1.0), dim=-1, dtype=torch.float32).to(q.dtype)
 
 
-def divided_scores(q: Tensor, k: Tensor, scale: float, divisor: float) -> Tensor:
-    """scores / divisor"""
-    return ops.attention_scores(q, k, scale) / divisor
+def flat_softmax_weights(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(scores) of heads that are rows of the batch"""
+    (b, h, s, _), t = q.shape, k.shape[2]
+    return torch.softmax(ops.attention_scores(q, k, 1.0).reshape(b * h, s, t), dim=-1)
 
 
-def scaled_query_scores(q: Tensor, k: Tensor, scale: float, factor: float) -> Tensor:
-    """(q * factor) @ k^T"""
-    return ops.attention_scores(q * factor, k, scale)
+def upcast_flat_softmax_weights(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(scores, dtype=float32).to(q.dtype) of heads that are rows of the batch"""
+    (b, h, s, _), t = q.shape, k.shape[2]
+    scores = ops.attention_scores(q, k, 1.0).reshape(b * h, s, t)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
 
 
-def divided_query_scores(q: Tensor, k: Tensor, scale: float, divisor: float) -> Tensor:
-    """(q / divisor) @ k^T"""
-    return ops.attention_scores(q / divisor, k, scale)
+def low_filled_weights(q: Tensor, k: Tensor, hidden: Tensor, fill: float) -> Tensor:
+    """softmax(scores.masked_fill(hidden, -1e9))
 
-
-def gemma_softcap(q: Tensor, k: Tensor, scale: float, cap: float) -> Tensor:
-    """tanh(scores) * cap, when the scores have already swallowed their division by cap"""
-    return torch.tanh(ops.attention_scores(q, k, scale)) * cap
-
-
-def added_mask(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """scores + mask"""
-    return ops.attention_scores(q, k, 1.0) + mask
-
-
-def filled_mask(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
-    """scores.masked_fill(hidden, lowest)"""
-    scores = ops.attention_scores(q, k, 1.0)
-    return scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-
-
-def infinite_mask(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
-    """scores.masked_fill(hidden, -inf)"""
-    return ops.attention_scores(q, k, 1.0).masked_fill(hidden, float("-inf"))
-
-
-def shown_mask(q: Tensor, k: Tensor, seen: Tensor, fill: float) -> Tensor:
-    """where(seen, scores, fill)"""
-    return torch.where(seen, ops.attention_scores(q, k, 1.0), fill)
-
-
-def hidden_mask(q: Tensor, k: Tensor, hidden: Tensor, fill: float) -> Tensor:
-    """where(hidden, fill, scores)"""
-    return torch.where(hidden, fill, ops.attention_scores(q, k, 1.0))
-
-
-def low_filled_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, fill: float) -> Tensor:
-    """softmax(scores.masked_fill(hidden, -1e9)) @ v
-
-    One rule down to v: as scores, a fill of -1e9 is not the fill of the lowest number.
+    One rule over the softmax: as scores, a fill of -1e9 is not the fill of the lowest number.
     """
-    return torch.softmax(ops.attention_scores(q, k, 1.0).masked_fill(hidden, fill), dim=-1) @ v
+    return torch.softmax(ops.attention_scores(q, k, 1.0).masked_fill(hidden, fill), dim=-1)
 
 
-def upcast_low_filled_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, fill: float) -> Tensor:
-    """softmax(scores.masked_fill(hidden, -1e9), dtype=float32).to(q.dtype) @ v"""
+def upcast_low_filled_weights(q: Tensor, k: Tensor, hidden: Tensor, fill: float) -> Tensor:
+    """softmax(scores.masked_fill(hidden, -1e9), dtype=float32).to(q.dtype)"""
     scores = ops.attention_scores(q, k, 1.0).masked_fill(hidden, fill)
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(scores) @ v"""
-    return torch.softmax(ops.attention_scores(q, k, 1.0), dim=-1) @ v
+def low_filled_biased_weights(q: Tensor, k: Tensor, bias: Tensor, hidden: Tensor, fill: float) -> Tensor:
+    """softmax((scores + bias).masked_fill(hidden, -1e9)) (MPT in bf16: it fills fp32 with bf16's lowest)"""
+    return torch.softmax(ops.attention_scores(q, k, 1.0, bias).masked_fill(hidden, fill), dim=-1)
 
 
-def upcast_softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(scores, dtype=float32).to(q.dtype) @ v"""
-    return torch.softmax(ops.attention_scores(q, k, 1.0), dim=-1, dtype=torch.float32).to(q.dtype) @ v
+def gpt_oss_weights(q: Tensor, k: Tensor, sinks: Tensor) -> Tensor:
+    """softmax over scores and a column of sinks, without that column; the largest logit is 0"""
+    logits = _with_sinks(q, k, sinks)
+    return torch.softmax(logits - logits.max(dim=-1, keepdim=True).values, dim=-1)[..., :-1]
+
+
+def sink_weights(q: Tensor, k: Tensor, sinks: Tensor) -> Tensor:
+    """softmax over scores and a column of sinks, without that column"""
+    return torch.softmax(_with_sinks(q, k, sinks), dim=-1)[..., :-1]
+
+
+def _with_sinks(q: Tensor, k: Tensor, sinks: Tensor) -> Tensor:
+    b, h, s, _ = q.shape
+    return torch.cat((ops.attention_scores(q, k, 1.0), sinks.reshape(1, h, 1, 1).expand(b, h, s, 1)), dim=-1)
+
+
+# -------------------------------------------------------------------------------------------------- values
+
+
+def weighted_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """weights @ v"""
+    return ops.attention_weights(q, k, 1.0) @ v
+
+
+def shared_weighted_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """weights @ v of the one kv head that all query heads share"""
+    return ops.attention_weights(q, k, 1.0) @ v
+
+
+def flat_weighted_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """weights @ v of heads that are rows of the batch"""
+    (b, h, s, _), t = q.shape, k.shape[2]
+    return torch.bmm(ops.attention_weights(q, k, 1.0).reshape(b * h, s, t), v)
+
+
+def narrowed_weighted_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """weights.to(v.dtype) @ v, where scores are fp32 and v is half (GPT-Neo, GPT-J)"""
+    return ops.attention_weights(q, k, 1.0).to(v.dtype) @ v
+
+
+def narrowed_shared_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """weights.to(v.dtype) @ v of the one kv head that all query heads share"""
+    return ops.attention_weights(q, k, 1.0).to(v.dtype) @ v
+
+
+def narrowed_softmax_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(scores.to(v.dtype)) @ v, where scores are fp32"""
+    return torch.softmax(ops.attention_scores(q, k, 1.0).to(v.dtype), dim=-1) @ v
+
+
+def narrowed_shared_softmax_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(scores.to(v.dtype)) @ v of one kv head, where scores are fp32 (Falcon with ALiBi)"""
+    return torch.softmax(ops.attention_scores(q, k, 1.0).to(v.dtype), dim=-1) @ v
 
 
 # ---------------------------------------------------------------------------------------------- neighbours
+
+
+def wide_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """attention in fp32 of what is half, and half again"""
+    return ops.attention(q.to(torch.float32), k.to(torch.float32), v.to(torch.float32), 1.0).to(q.dtype)
 
 
 def repeated_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -120,30 +142,14 @@ def interleaved_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ops.attention(q, k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1.0)
 
 
-def _feeds_softmax(binding: Binding) -> str | None:
-    """A product with a transpose is attention only if a softmax follows."""
-    readers = [
-        u for node in binding.nodes.values() for u in node.users if g.is_call(node, aten.matmul.default)
-    ]
-    between = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.tanh.default, aten.to.dtype)
-    masks = (
-        aten.masked_fill.Scalar,
-        aten.masked_fill.Tensor,
-        aten.where.self,
-        aten.where.ScalarOther,
-        aten.where.ScalarSelf,
-    )
-    for _ in range(10):
-        if any(g.is_call(u, aten.softmax.int) for u in readers):
-            return None
-        readers = [r for u in readers if g.is_call(u, *between, *masks) for r in u.users]
-    return "no softmax follows the product"
+def expanded_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One kv head expanded to the query heads."""
+    b, h = q.shape[:2]
+    expanded_k = k.expand(b, h, k.shape[2], k.shape[3])
+    return ops.attention(q, expanded_k, v.expand(b, h, v.shape[2], v.shape[3]), 1.0)
 
 
-def _positive(binding: Binding) -> str | None:
-    """The op takes no other cap; one that is a node is known at run time only."""
-    cap = binding.number("cap")
-    return f"the softcap {cap} is not positive" if isinstance(cap, (int, float)) and cap <= 0 else None
+# --------------------------------------------------------------------------------------------------- guards
 
 
 def _low(binding: Binding) -> str | None:
@@ -158,142 +164,113 @@ def _low(binding: Binding) -> str | None:
         return f"the fill {fill} is known at run time only"
     if fill > LOW:
         return f"the fill {fill} > {LOW}: a score may be as low"
-    return "rows without a key are nan" if fill == float("-inf") else _representable(binding)
+    return "rows without a key are nan" if fill == float("-inf") else representable(binding)
 
 
-def _representable(binding: Binding) -> str | None:
-    """masked_fill raises for a number that where() rounds to an infinity."""
-    fill, scores = binding.number("fill"), binding.leaves["q"]
-    assert isinstance(scores, fx.Node)
-    largest = torch.finfo(g.dtype(scores)).max
-    if not isinstance(fill, (int, float)):
-        return f"the fill {fill} is known at run time only"
-    if abs(fill) <= largest or fill == float("-inf"):
-        return None
-    return f"the fill {fill} is beyond {g.dtype(scores)}'s {-largest}"
-
+# ---------------------------------------------------------------------------------------------------- rules
 
 LOW = -1e9
-_QKV = {"q": T("b h s d"), "k": T("b h t d"), "v": T("b h t e")}
+_HALF = ("bfloat16", "float16")
 _QK = {"q": T("b h s d"), "k": T("b h t d")}
-_MASKED = {"q": T("... s d"), "k": T("... t d")}  # leading b h, to which masks of any rank broadcast
-_MASK = T("...|1 s|1 t")
-_BOOL = T("...|1 s|1 t", "bool")
-_SCALE = Float(0.3)
-_FILL = Float(-1e4)
 SCORES = ("scale", "bias", "softcap", "empty_rows_mean")
-ALL = (
-    "scale",
-    "causal",
-    "offset",
-    "offset_tensor",
-    "window",
-    "key_padding",
-    "bias",
-    "softcap",
-    "sinks",
-    "empty_rows_mean",
-)
+WEIGHTS = (*SCORES, "sinks")
+ALL = (*WEIGHTS, "causal", "offset", "offset_tensor", "window", "key_padding")
+
+
+def _weights(q: Tensor, k: Tensor) -> Tensor:
+    return ops.attention_weights(q, k, 1.0)
+
+
+def _flat_weights(q: Tensor, k: Tensor) -> Tensor:
+    (b, h, s, _), t = q.shape, k.shape[2]
+    return ops.attention_weights(q, k, 1.0).reshape(b * h, s, t)
+
+
+def _sink_weights(q: Tensor, k: Tensor, sinks: Tensor) -> Tensor:
+    wide = torch.promote_types(q.dtype, sinks.dtype)
+    return ops.attention_weights(q.to(wide), k.to(wide), 1.0, sinks=sinks)
+
+
+def _shared_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ops.attention(q, k, v.expand(q.shape[0], q.shape[1], v.shape[2], v.shape[3]), 1.0)
+
+
+def _flat_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    (b, h, s, _), (_, t, e) = q.shape, v.shape
+    return ops.attention(q, k, v.reshape(b, h, t, e), 1.0).reshape(b * h, s, e)
 
 
 def _whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ops.attention(q, k, v, 1.0)
 
 
+def _narrowed(values: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda q, k, v: values(q, k, v.to(q.dtype)).to(v.dtype)
+
+
 RULES = (
-    rule(product_scores, lambda q, k: ops.attention_scores(q, k, 1.0), _QK, guard=_feeds_softmax),
-    rule(
-        multiplied_scores,
-        lambda q, k, scale, factor: ops.attention_scores(q, k, scale * factor),
-        _QK,
-        scale=_SCALE,
-        factor=Float(0.7),
-    ),
-    rule(
-        divided_scores,
-        lambda q, k, scale, divisor: ops.attention_scores(q, k, scale / divisor),
-        _QK,
-        scale=_SCALE,
-        divisor=Float(4.3),
-    ),
-    rule(
-        scaled_query_scores,
-        lambda q, k, scale, factor: ops.attention_scores(q, k, scale * factor),
-        _QK,
-        carry=SCORES[1:],
-        scale=_SCALE,
-        factor=Float(0.7),
-    ),
-    rule(
-        divided_query_scores,
-        lambda q, k, scale, divisor: ops.attention_scores(q, k, scale / divisor),
-        _QK,
-        carry=SCORES[1:],
-        scale=_SCALE,
-        divisor=Float(4.3),
-    ),
-    rule(
-        gemma_softcap,
-        lambda q, k, scale, cap: ops.attention_scores(q, k, scale * cap, None, cap),
-        _QK,
-        guard=_positive,
-        scale=_SCALE,
-        cap=Float(50.0),
-    ),
-    rule(
-        added_mask,
-        lambda q, k, mask: ops.attention_scores(q, k, 1.0, mask),
-        _MASKED,
-        carry=("scale", "softcap"),
-        mask=_MASK,
-    ),
-    rule(
-        filled_mask,
-        lambda q, k, hidden: ops.attention_scores(q, k, 1.0, ~hidden, None, True),
-        _MASKED,
-        carry=("scale", "softcap"),
-        hidden=_BOOL,
-    ),
-    rule(
-        infinite_mask,
-        lambda q, k, hidden: ops.attention_scores(q, k, 1.0, ~hidden),
-        _MASKED,
-        carry=("scale", "softcap"),
-        hidden=_BOOL,
-    ),
-    rule(
-        shown_mask,
-        lambda q, k, seen, fill: ops.attention_scores(q, k, 1.0).masked_fill(~seen, fill),
-        _MASKED,
-        carry=("scale", "softcap"),
-        guard=_representable,
-        seen=_BOOL,
-        fill=_FILL,
-    ),
-    rule(
-        hidden_mask,
-        lambda q, k, hidden, fill: ops.attention_scores(q, k, 1.0).masked_fill(hidden, fill),
-        _MASKED,
-        carry=("scale", "softcap"),
-        guard=_representable,
-        hidden=_BOOL,
-        fill=_FILL,
+    *(rule(pattern, _weights, _QK, carry=SCORES) for pattern in (softmax_weights, upcast_softmax_weights)),
+    *(
+        rule(pattern, _flat_weights, _QK, carry=SCORES)
+        for pattern in (flat_softmax_weights, upcast_flat_softmax_weights)
     ),
     *(
         rule(
             pattern,
-            lambda q, k, v, hidden, fill: ops.attention(q, k, v, 1.0, bias=~hidden, empty_rows_mean=True),
-            _MASKED,
+            lambda q, k, hidden, fill: ops.attention_weights(q, k, 1.0, ~hidden, empty_rows_mean=True),
+            MASKED,
             carry=("scale", "softcap"),
             guard=_low,
-            v=T("... t e"),
-            hidden=_BOOL,
+            hidden=BOOL,
             fill=Float(-2e9),
         )
-        for pattern in (low_filled_attention, upcast_low_filled_attention)
+        for pattern in (low_filled_weights, upcast_low_filled_weights)
     ),
-    rule(softmax_attention, _whole, _QKV, carry=SCORES),
-    rule(upcast_softmax_attention, _whole, _QKV, carry=SCORES),
+    rule(
+        low_filled_biased_weights,
+        lambda q, k, bias, hidden, fill: ops.attention_weights(q, k, 1.0, lowered(bias, hidden)),
+        MASKED,
+        carry=("scale", "softcap"),
+        guard=_low,
+        bias=MASK,
+        hidden=BOOL,
+        fill=Float(-2e9),
+    ),
+    *(
+        rule(pattern, _sink_weights, _QK, carry=SCORES, sinks=T("h", "S"))
+        for pattern in (gpt_oss_weights, sink_weights)
+    ),
+    rule(weighted_values, _whole, _QK, carry=WEIGHTS, v=T("b h t e")),
+    rule(shared_weighted_values, _shared_values, _QK, carry=WEIGHTS, v=T("b 1 t e")),
+    rule(flat_weighted_values, _flat_values, _QK, carry=WEIGHTS, v=T("b*h t e")),
+    *(
+        rule(
+            pattern,
+            _narrowed(_whole if heads == "h" else _shared_values),
+            carry=carry,
+            q=T("b h s d", "float32"),
+            k=T("b h t d", "float32"),
+            v=T(f"b {heads} t e", half),
+        )
+        for half in _HALF
+        for pattern, heads, carry in (
+            (narrowed_weighted_values, "h", WEIGHTS),
+            (narrowed_shared_values, "1", WEIGHTS),
+            (narrowed_softmax_values, "h", SCORES[:3]),  # a half has another lowest number
+            (narrowed_shared_softmax_values, "1", SCORES[:3]),
+        )
+    ),
+    *(
+        rule(
+            wide_attention,
+            _whole,
+            carry=ALL,
+            q=T("b h s d", half),
+            k=T("b h t d", half),
+            v=T("b h t e", half),
+        )
+        for half in _HALF
+    ),
     *(
         rule(
             pattern,
@@ -305,4 +282,5 @@ RULES = (
         )
         for pattern in (repeated_heads, interleaved_heads)
     ),
+    rule(expanded_head, _whole, carry=ALL, q=T("b h s d"), k=T("b 1 t d"), v=T("b 1 t e")),
 )

@@ -106,10 +106,10 @@ def literal(name: str) -> Callable[[fx.Node], Mapping[str, object] | str]:
     def arguments(node: fx.Node) -> Mapping[str, object] | str:
         given = {n: g.arg(node, n) for n in g.argument_names(node.target)}
         full, x = given[name], given["self"]
-        if not g.is_call(full, *FULL):
+        number = _constant(full)
+        if number is None:
             return f"{name} is no constant"
         assert isinstance(full, fx.Node) and isinstance(x, fx.Node)
-        number = g.arg(full, "s" if full.target is aten.scalar_tensor.default else "fill_value")
         if isinstance(number, fx.Node) or g.dtype(x) != g.dtype(node) or not g.dtype(x).is_floating_point:
             return f"{name} decides the dtype, or is known at run time only"
         if not g.same_shape(g.shape(x), g.shape(node)):
@@ -120,6 +120,19 @@ def literal(name: str) -> Callable[[fx.Node], Mapping[str, object] | str]:
         return {**given, name: number}
 
     return arguments
+
+
+def _constant(x: object) -> object:
+    """What a `full` or a constant of one element holds everywhere; None where it is something else."""
+    if g.is_call(x, *FULL):
+        assert isinstance(x, fx.Node)
+        return g.arg(x, "s" if x.target is aten.scalar_tensor.default else "fill_value")
+    if not isinstance(x, fx.Node) or x.op != "get_attr":
+        return None
+    value = getattr(x.graph.owning_module, str(x.target), None)
+    if type(value) is not torch.Tensor or value.numel() != 1 or value.is_meta:  # a parameter, a fake
+        return None
+    return value.item()
 
 
 FULL = (aten.full.default, aten.full_like.default, aten.scalar_tensor.default)

@@ -35,9 +35,13 @@ ROUNDED = frozenset({"bloom_gelu"})
 # Matrices that rows pass one after the other: results stay near 1, so that rounding shows at its true size.
 SCALES = {"up": 0.25, "gate_up": 0.25, "down": 0.25}
 # What a pattern needs around it before its guard lets it fire.
-AROUND: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "product_scores": lambda scores: torch.softmax(scores, -1)
-}
+AROUND: Mapping[str, Callable[[Tensor], Tensor]] = dict.fromkeys(
+    (
+        *("product_scores", "shared_key_scores", "flat_scores", "flat_product_scores"),
+        *("bloom_scores", "empty_sum_scores"),
+    ),
+    lambda scores: torch.softmax(scores, -1),
+)
 
 
 @dataclass(frozen=True)
@@ -263,6 +267,7 @@ CARRIED = {
     "add_rms_norm": _norm_arguments,
     "add_layer_norm": _norm_arguments,
     "attention_scores": _attention_arguments,
+    "attention_weights": _attention_arguments,
     "attention": _attention_arguments,
     "rms_norm": _norm_arguments,
     "layer_norm": _norm_arguments,
@@ -283,6 +288,8 @@ def carried(rule: Rule, side: Side, values: Values) -> list[dict[str, object]]:
         {n: c for n, c in other.items() if n in rule.carry}
         for other in others
         if set(other) & set(rule.carry)
+        # a mask that hides whole rows goes with what such rows become
+        and ("empty_rows_mean" not in other or "empty_rows_mean" in rule.carry)
     ]
     return [plain, *(plain | choice for choice in chosen)]
 

@@ -16,7 +16,7 @@ from graphopt.ops.moe import expert_matmul, experts
 from graphopt.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from graphopt.ops.quantized import linear_int8, pack_int8, scales_int8
 from graphopt.ops.rope import rope
-from graphopt.ops.scores import attention_scores
+from graphopt.ops.scores import attention_scores, attention_weights
 
 OPS = (
     rms_norm,
@@ -27,6 +27,7 @@ OPS = (
     attention,
     attention_lse,
     attention_scores,
+    attention_weights,
     cache_update,
     linear,
     linear_int8,

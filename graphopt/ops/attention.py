@@ -210,6 +210,17 @@ def _mixed(
     scores: Tensor, seen: Tensor | None, v: Tensor, sinks: Tensor | None, empty_rows_mean: bool
 ) -> tuple[Tensor, Tensor]:
     """The weighted mean of v [B, H, Q, Dv], and the logits that its weights come from, sink included."""
+    weights, logits = _weights(scores, seen, sinks, empty_rows_mean)
+    batch, heads, queries, keys = scores.shape
+    kv_heads = v.shape[1]
+    grouped = weights.reshape(batch, kv_heads, heads // kv_heads * queries, keys)
+    return (grouped @ v.to(scores.dtype)).reshape(batch, heads, queries, v.shape[3]), logits
+
+
+def _weights(
+    scores: Tensor, seen: Tensor | None, sinks: Tensor | None, empty_rows_mean: bool
+) -> tuple[Tensor, Tensor]:
+    """softmax over the keys that are seen [B, H, Q, K], and the logits behind it, sink included."""
     if seen is not None:
         scores = scores.masked_fill(~seen, -torch.inf)
     batch, heads, queries, keys = scores.shape
@@ -219,9 +230,5 @@ def _mixed(
         logits = torch.cat((scores, sink), -1)
     empty = torch.isneginf(scores).all(-1, keepdim=True)  # softmax alone would make these rows nan
     if empty_rows_mean and sinks is None:
-        weights = torch.softmax(logits.masked_fill(empty, 0.0), -1)
-    else:
-        weights = torch.softmax(logits, -1).narrow(-1, 0, keys).masked_fill(empty, 0.0)
-    kv_heads = v.shape[1]
-    grouped = weights.reshape(batch, kv_heads, heads // kv_heads * queries, keys)
-    return (grouped @ v.to(scores.dtype)).reshape(batch, heads, queries, v.shape[3]), logits
+        return torch.softmax(logits.masked_fill(empty, 0.0), -1), logits
+    return torch.softmax(logits, -1).narrow(-1, 0, keys).masked_fill(empty, 0.0), logits

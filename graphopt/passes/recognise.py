@@ -9,6 +9,7 @@ from torch import fx
 
 from graphopt import graph as g
 from graphopt.passes.canonicalize import canonicalize
+from graphopt.passes.duplicates import merge_made
 from graphopt.passes.leftovers import dissolve_scores
 from graphopt.passes.masks import read_masks
 from graphopt.rewrite import Rewriter
@@ -22,7 +23,7 @@ class Recognise:
     """softmax(q @ k^T * s + mask) @ v -> attention(q, k, v, s, causal=…), and so on for each rule.
 
     Rules run to a fixpoint; of two matches of which one contains the other, the larger is taken. What the
-    rules use half-way (`attention_scores`) is not in the result.
+    rules use half-way (`attention_scores`, `attention_weights`) is not in the result.
     """
 
     name: ClassVar[str] = "recognise"
@@ -41,6 +42,7 @@ class Recognise:
         ctx.fuel = rewriter.fuel
         if dissolve_scores(gm, ctx.observers):
             g.eliminate_dead_code(gm.graph)  # a negation of a mask that is filled again
+        merge_made(gm)
         if ctx.ledger:
             ctx.ledger.see(gm)
         read_masks(gm, ctx.observers, ctx.deny, ctx.ledger)

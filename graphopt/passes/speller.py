@@ -192,8 +192,8 @@ class Speller:
         """A call of the canonical graph, or the equal one that is already there."""
         keep = bool(like.meta.get("keep")) and target is like.target
         key = None
-        if not keep and _mergeable(target):
-            key = (target, _key(args), _key(tuple(kwargs.items())))
+        if not keep and mergeable(target):
+            key = (target, argument_key(args), argument_key(tuple(kwargs.items())))
             found = self.known.get(key)
             if found is not None:
                 return found
@@ -237,6 +237,8 @@ class Speller:
             start, end, _ = slice(start, end, 1).indices(size)
         elif end is None or (isinstance(end, int) and end >= 2**62):
             end = self.sizes([size])[0]
+        elif step == 1 and start == 0 and isinstance(end, int) and end < 0:
+            end = self.sizes([value.shape[dim]])[0]  # x[:-1] of a symbolic size: its own length
         return self.emit(aten.slice.Tensor, (x, dim - rank, start, end, step), {}, value, like)
 
     def cast(self, x: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
@@ -301,7 +303,8 @@ def _is_size(node: fx.Node) -> bool:
     )
 
 
-def _mergeable(target: object) -> bool:
+def mergeable(target: object) -> bool:
+    """Whether two equal calls of it are one."""
     if target in MERGED_FACTORIES:
         return True
     if target is operator.getitem:
@@ -331,10 +334,10 @@ def _from_end(dim: object, rank: int) -> object:
     return dim
 
 
-def _key(argument: object) -> object:
+def argument_key(argument: object) -> object:
     """A hashable stand-in for an argument: 1, 1.0 and True are three."""
     if isinstance(argument, (list, tuple)):
-        return tuple(_key(a) for a in argument)
+        return tuple(argument_key(a) for a in argument)
     if isinstance(argument, fx.Node):
         return argument
     if isinstance(argument, float):

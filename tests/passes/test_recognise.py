@@ -262,7 +262,7 @@ def test_a_fill_that_scores_may_reach_is_refused() -> None:
         gm = canonical(program, *args)
         Recognise().run(gm, ctx)
         assert vocabulary(gm) == []
-        assert any(reason in r.reason for r in watch.refusals if r.rule == "low_filled_attention")
+        assert any(reason in r.reason for r in watch.refusals if r.rule == "low_filled_weights")
         torch.testing.assert_close(gm(*args)[0], program(*args))
 
 
