@@ -6,7 +6,6 @@ The reference is the eager model whose quantized weights are replaced by what th
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Collection, Sequence
 
@@ -31,6 +30,7 @@ from graphopt.passes.shard import Shard
 from graphopt.pipeline import Pass, Pipeline
 from graphopt.report import Report
 from graphopt.sharding.lockstep import lockstep
+from graphopt.tools.zoo.weights import fill, scale
 from tests.models import zoo
 
 CLOSE = 1e-5  # of logits of a standard deviation near 1, in fp32: the same products in other orders
@@ -73,12 +73,11 @@ BUILDS = {"llama": _llama, "gpt2": _gpt2, "bert": _bert}
 @functools.cache
 def _model(name: str, tied: bool) -> nn.Module:
     case = zoo.Case(tied=tied)
-    family = dataclasses.replace(zoo.FAMILIES[name], build=BUILDS[name])
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(sum(map(ord, name)))
-        built = family.build(case).eval().requires_grad_(False)
-        zoo.fill_weights(built, family.offset)
-        zoo.scale_weights(built, family, zoo.inputs(built, case))
+        built = BUILDS[name](case).eval().requires_grad_(False)
+        fill(built)
+        scale(built, zoo.inputs(built, case))
     return built
 
 

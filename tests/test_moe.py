@@ -112,7 +112,7 @@ def seen(model: nn.Module, *args: Tensor, **options: object) -> tuple[object, gr
 @pytest.mark.parametrize(
     ("forward_of", "dtype"),
     [(grouped, torch.bfloat16), (batched, torch.bfloat16), (batched, torch.float32)],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_a_block_becomes_one_op(forward_of: Forward, dtype: torch.dtype) -> None:
     """Whatever way it is written: one `experts`, the shared expert a gated MLP, the router a linear."""

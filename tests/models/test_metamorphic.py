@@ -18,8 +18,8 @@ from graphopt.passes.merge import Merge
 from graphopt.passes.quantize import Quantize
 from graphopt.passes.recognise import Recognise
 from graphopt.pipeline import Pass, Pipeline
+from graphopt.tools.zoo.census import expected_counts, recognised_counts
 from tests.models import zoo
-from tests.models.watch import expected_counts, recognised_counts
 
 # One model of each kind of attention: grouped, windowed with a softcap, packed, of an encoder.
 KINDS = ("llama", "gemma2", "gpt2", "bert")
