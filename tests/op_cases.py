@@ -183,6 +183,9 @@ def scores_cases() -> list[Case]:
         hidden = {"bias": rand(b, 1, n, m) > 0, "softcap": 5.0, "empty_rows_mean": True}
         cases.append(Case(ops.attention_scores, f"{(b, h, n, m, d)}", qk))
         cases.append(Case(ops.attention_scores, f"{(b, h, n, m, d)} hidden", qk, hidden))
+        cases.append(Case(ops.attention_weights, f"{(b, h, n, m, d)}", qk))
+        sunk = {**hidden, "sinks": rand(h), "empty_rows_mean": False}
+        cases.append(Case(ops.attention_weights, f"{(b, h, n, m, d)} with sinks", qk, sunk))
     return cases
 
 

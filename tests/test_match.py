@@ -236,7 +236,7 @@ def test_scales_that_are_graph_values_are_multiplied_in_the_graph() -> None:
     factor = torch_private.symbolic_float(mode, "factor", 0.125)
     program = lambda q, k, f: torch.softmax((q @ k.mT) * 0.5 * f, -1)
     after, _ = rewritten(canonical(program, q, k, factor), RULES)
-    assert vocabulary(after) == ["attention_scores"]
+    assert vocabulary(after) == ["attention_weights"]
     real = rand(2, 3, 4, 8), rand(2, 3, 5, 8)
     torch.testing.assert_close(after(*real, 0.75)[0], program(*real, 0.75))
 

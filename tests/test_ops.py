@@ -158,6 +158,10 @@ def symbolic_calls() -> dict[
         "attention": (attends(ops.attention), (q, k, v, scale, eps, bias, sinks)),
         "attention_lse": (attends(ops.attention_lse), (q, k, v, scale, eps, bias, sinks)),
         "attention_scores": (lambda q, k, s, c: ops.attention_scores(q, k, s, None, c), (new, k, scale, eps)),
+        "attention_weights": (
+            lambda q, k, s, c: ops.attention_weights(q, k, s, None, c),
+            (new, k, scale, eps),
+        ),
         "cache_update": (lambda c, n: ops.cache_update(c, n, None), (k, new)),
         "cache_update at": (lambda c, n, p: ops.cache_update(c, n, p), (k, new, at)),
         "linear": (lambda x, w, b: ops.linear(x, w, b), (x, fake("V", "D"), fake("V"))),

@@ -108,7 +108,9 @@ def test_an_optional_parameter_has_a_variant_without_it() -> None:
 def test_needed_targets_are_the_operators_of_torch() -> None:
     """A rule is traced for good only where all of them occur."""
     assert aten.rsqrt.default in needed_targets(NAMED["llama_rms_norm"], canonicalize)
-    assert needed_targets(NAMED["softmax_attention"], canonicalize) == {aten.softmax.int, aten.matmul.default}
+    assert needed_targets(NAMED["flat_weighted_values"], canonicalize) == {
+        *(aten.reshape.default, aten.matmul.default)
+    }
 
 
 def test_the_anchor_is_the_first_output() -> None:

@@ -15,6 +15,12 @@ from graphopt.torch_private import OpOverload
 
 aten = torch.ops.aten
 RULE = "attention_scores"
+PRODUCTS = (aten.matmul.default, aten.baddbmm.default, aten.einsum.default)
+ELEMENTWISE = (
+    *(aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.tanh.default),
+    *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther),
+    *(aten.to.dtype, aten.reshape.default, aten.maximum.default, aten.cat.default),
+)
 
 
 def dissolve_scores(gm: fx.GraphModule, observers: Sequence[Observer]) -> int:
@@ -36,6 +42,31 @@ def dissolve_scores(gm: fx.GraphModule, observers: Sequence[Observer]) -> int:
         node.replace_all_uses_with(_spelled(node))
         gm.graph.erase_node(node)
     return len(left)
+
+
+def report_products(gm: fx.GraphModule, observers: Sequence[Observer]) -> None:
+    """Name each product under a softmax that no rule took for scores; its sizes and dtypes say why."""
+    for node in gm.graph.nodes:
+        product = _product(node) if g.is_call(node, aten.softmax.int) else None
+        if product is None:
+            continue
+        operands = [f"{list(g.shape(x))} {g.dtype(x)}" for x in product.all_input_nodes if g.is_tensor(x)]
+        reason = (
+            f"no attention: {product.name}, a product of {' and '.join(operands)}, is none of a head's scores"
+        )
+        place = g.module_path(product), g.source(product)
+        emit(observers, Refused(Refusal(RULE, product.name, *place, reason, 1)))
+
+
+def _product(softmax: fx.Node) -> fx.Node | None:
+    """The product behind a softmax, through what only changes its elements."""
+    layer = list(softmax.all_input_nodes)
+    for _ in range(10):
+        found = next((n for n in layer if g.is_call(n, *PRODUCTS)), None)
+        if found is not None:
+            return found
+        layer = [i for n in layer if g.is_call(n, *ELEMENTWISE) for i in n.all_input_nodes]
+    return None
 
 
 def _softmax(node: fx.Node) -> fx.Node:

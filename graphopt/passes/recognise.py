@@ -10,7 +10,7 @@ from torch import fx
 from graphopt import graph as g
 from graphopt.passes.canonicalize import canonicalize
 from graphopt.passes.duplicates import merge_made
-from graphopt.passes.leftovers import dissolve_scores
+from graphopt.passes.leftovers import dissolve_scores, report_products
 from graphopt.passes.masks import read_masks
 from graphopt.rewrite import Rewriter
 
@@ -40,6 +40,7 @@ class Recognise:
         )
         rewriter.run()
         ctx.fuel = rewriter.fuel
+        report_products(gm, ctx.observers)
         if dissolve_scores(gm, ctx.observers):
             g.eliminate_dead_code(gm.graph)  # a negation of a mask that is filled again
         merge_made(gm)
