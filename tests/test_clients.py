@@ -17,9 +17,9 @@ import graphopt
 from graphopt import backend
 from graphopt.tools.zoo.census import expected_counts, recognised_counts
 from tests.block import MERGED, agree, block, counted, example
+from tests.generating import TOKENS, clean, compile_config, generate, strict_config
 from tests.models import zoo
 
-TOKENS = 7
 # Two layers; in each Q, K, V and gate, up are merged, weights and biases.
 # Gemma-2's norms (9) have 1 + w prepared; GPT-2's Q, K, V are packed, and its weights stored [in, out].
 PREPARED = {"llama": 8, "qwen3": 4, "gemma2": 13, "gpt2": 8}
@@ -27,31 +27,9 @@ PREPARED = {"llama": 8, "qwen3": 4, "gemma2": 13, "gpt2": 8}
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """No compiled code, prepared weights or reports of other tests; nothing stays on the shared models."""
-    torch.compiler.reset()
-    backend.STORE.refresh()
-    yield
-    torch.compiler.reset()
-    for name in zoo.FAMILIES:
-        model = zoo.model(name)
-        model._compiled_call_impl = None
-        model.__dict__.pop("_compiled_call", None)
-        model.__dict__.pop("_last_compile_config", None)
-
-
-def compile_config(**fields: object) -> transformers.CompileConfig:
-    """On a CPU, `generate` compiles only if told so."""
-    config = transformers.CompileConfig(**fields)
-    config._compile_all_devices = True
-    return config
-
-
-def generate(model: nn.Module, padding: str = "none", **fields: object) -> torch.Tensor:
-    """TOKENS greedy tokens for a batch of 3: [3, length + TOKENS]."""
-    given = zoo.inputs(model, zoo.Case(padding=padding))
-    greedy = {"do_sample": False, "eos_token_id": None, "max_new_tokens": TOKENS}
-    with torch.no_grad():
-        return model.generate(**given, **greedy, **fields)
+    """A clean start, and no traces."""
+    with clean():
+        yield
 
 
 # ------------------------------------------------------------------------------------------------ generate
@@ -62,7 +40,7 @@ def generate(model: nn.Module, padding: str = "none", **fields: object) -> torch
 def test_three_calls_of_generate_are_one_compile(name: str, padding: str) -> None:
     model = zoo.model(name)
     eager = generate(model, padding)
-    config = compile_config(backend="graphopt", mode=None, options={"strict": True})
+    config = strict_config()
     with counted() as counts:
         for _ in range(3):
             ours = generate(model, padding, cache_implementation="static", compile_config=config)
@@ -110,7 +88,7 @@ def test_a_weight_changed_between_two_calls_of_generate_shows() -> None:
     model = zoo.model("qwen3")
     weight = model.get_submodule("model.layers.1.self_attn.v_proj").weight
     assert isinstance(weight, nn.Parameter)
-    config = compile_config(backend="graphopt", mode=None, options={"strict": True})
+    config = strict_config()
     before = generate(model, cache_implementation="static", compile_config=config)
     with torch.no_grad():
         weight.mul_(-2)
