@@ -68,16 +68,16 @@ TRIPS: dict[str, Trip] = {
         (Q, K),
         "the softcap -5.0 is not positive",
     ),
-    "_representable": (
+    "representable": (
         "hidden_mask",
         lambda q, k, hidden: torch.where(hidden, -1e39, scores(q, k)),
         (Q, K, HIDDEN),
         "the fill -1e+39 is beyond",
     ),
     "_low": (
-        "low_filled_attention",
-        lambda q, k, v, hidden: torch.softmax(scores(q, k).masked_fill(hidden, -1e4), -1) @ v,
-        (Q, K, V, HIDDEN),
+        "low_filled_weights",
+        lambda q, k, hidden: torch.softmax(scores(q, k).masked_fill(hidden, -1e4), -1),
+        (Q, K, HIDDEN),
         "the fill -10000.0 > -1000000000.0: a score may be as low",
     ),
     "_is_input": (

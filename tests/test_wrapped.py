@@ -15,10 +15,10 @@ from torch import nn
 import graphopt
 from graphopt import backend, defaults
 from graphopt.accuracy import judge
+from graphopt.tools.zoo.census import expected_counts, recognised_counts
 from tests.block import counted
 from tests.generating import clean
 from tests.models import zoo
-from tests.models.watch import expected_counts, recognised_counts
 
 CASE = zoo.Case(padding="left", tied=False)
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ from torch import nn
 from graphopt import backend
 from graphopt.accuracy import judge
 from graphopt.report import Report
+from graphopt.tools.zoo.census import expected_counts, recognised_counts
 from tests.block import counted
 from tests.models import caching, zoo
-from tests.models.watch import expected_counts, recognised_counts
 
 # Each ends in one decode step at least, each crosses the windows (of 4) and has a chunk behind other tokens.
 CHUNKS = (3, 4, 1, 1)
