@@ -18,7 +18,7 @@ from graphopt.tools.models import load
 
 MOST = 8  # launches of a decoder layer at decode: the bar of "Launches per layer"
 DECODERS = ("llama", "qwen3", "gemma2", "gpt2")
-LENGTH = 3  # and one token more: the tiny windows are of 4, and the cache of one that is full rolls: 4 launches
+LENGTH = 3  # the tiny windows are of 4, and the cache of one that is full rolls: 4 launches more
 
 
 @pytest.fixture(scope="module")
