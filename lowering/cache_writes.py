@@ -17,10 +17,11 @@ from torch import fx
 
 from graphopt import aliasing, ops
 from graphopt import graph as g
-from graphopt.lowering.alias import family
+from graphopt.lowering.alias import family, readers
 from graphopt.lowering.build import insert_call
 
 aten = torch.ops.aten
+ATTENTIONS = (ops.attention.overload, ops.attention_lse.overload)
 NORM_ARGUMENTS = ("eps", "weight_offset", "cast_before_scale")
 CACHE_RANK, POSITIONS = 4, 2  # [batch, heads, length, head_dim]; which dimension is the length
 
@@ -111,12 +112,17 @@ class Write:
     def new(self) -> fx.Node:
         return self.node.args[3]  # type: ignore[return-value]  # a tensor
 
+    def attentions(self) -> set[fx.Node]:
+        """The attentions that read the cache."""
+        return {n for n in readers(aliasing.root(self.cache)) if g.is_call(n, *ATTENTIONS)}
+
 
 def group_cache_writes(graph: fx.Graph) -> int:
     """index_copy_(keys, ..), index_copy_(values, ..) -> rope_write or cache_write; returns how many.
 
-    The writes of one layer are two at the same rows, of tensors of one shape, in one module. The rotation is
-    taken in where it makes the keys that are written, for nothing else; with it the norms of q and k.
+    The writes of one layer are two at the same rows, of tensors of one shape, for one attention if any. The
+    rotation is taken in where it makes the keys that are written, for nothing else; with it the norms of q
+    and k.
     """
     grouped = 0
     while (pair := _next_pair(graph)) is not None:
@@ -155,11 +161,12 @@ def _different(first: Write, second: Write) -> str | None:
     """Why two writes are not those of one layer's keys and values."""
     if first.position is not second.position:
         return f"{second.node.name} writes other rows than {first.node.name}"
-    if g.module_path(first.node) != g.module_path(second.node):
-        return f"{second.node.name} is of another module than {first.node.name}"
-    for one, two in ((first.new, second.new), (first.cache, second.cache)):
-        if not g.same_shape(g.shape(one), g.shape(two)) or g.dtype(one) != g.dtype(two):
-            return f"{one.name} and {two.name} differ in shape or dtype"
+    one, two = first.attentions(), second.attentions()
+    if (one or two) and one.isdisjoint(two):
+        return f"no attention reads both {first.cache.name} and {second.cache.name}"
+    for mine, other in ((first.new, second.new), (first.cache, second.cache)):
+        if not g.same_shape(g.shape(mine), g.shape(other)) or g.dtype(mine) != g.dtype(other):
+            return f"{mine.name} and {other.name} differ in shape or dtype"
     if aliasing.root(first.cache) is aliasing.root(second.cache):
         return f"{first.cache.name} and {second.cache.name} are one memory"
     return None

@@ -34,6 +34,10 @@ PRIVATE_HOME = "graphopt.torch_private"
 MODEL_NAMES = re.compile(
     r"llama|qwen|gemma|gpt|bert|mistral|mixtral|bloom|falcon|phi\d|neox|(?<![a-z])t5|whisper", re.IGNORECASE
 )
+# Who may know a model's name: the zoo, the builder of examples, the demo, and the command line's help.
+BUILDERS = tuple(f"graphopt.tools.{name}" for name in ("zoo", "models", "demo", "cli"))
+# Who may look at a module's path: what answers users' questions and shows graphs.
+PATH_READERS = ("graphopt.tools", "graphopt.question", "graphopt.journal", "graphopt.listing")
 HUGGING_FACE = ("transformers", "sentence_transformers", "accelerate")
 
 Check = Callable[[ast.Module, str], list[str]]
@@ -203,15 +207,19 @@ def prints(tree: ast.Module, name: str) -> list[str]:
 
 
 def model_names(tree: ast.Module, name: str) -> list[str]:
-    """Identifiers and strings that name a model; docstrings and comments may say where a spelling is from."""
-    if name.startswith(("graphopt.tools", "graphopt.patterns")):
+    """Identifiers and strings that name a model; docstrings and comments may say where a spelling is from.
+
+    A pattern's function may be called by who writes it so; what builds models for users has to know them.
+    """
+    if name.startswith(BUILDERS):
         return []
+    fields = () if name.startswith("graphopt.patterns") else ("id", "attr", "name", "arg")
     docstrings = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
     wrong = []
     for node in ast.walk(tree):
         words = [
             v
-            for v in (getattr(node, field, None) for field in ("id", "attr", "name", "arg"))
+            for v in (getattr(node, field, None) for field in fields)
             if isinstance(v, str)
         ]
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
@@ -219,6 +227,22 @@ def model_names(tree: ast.Module, name: str) -> list[str]:
         wrong += [
             f"{name}:{getattr(node, 'lineno', '?')} names {w!r}" for w in words if MODEL_NAMES.search(w)
         ]
+    return wrong
+
+
+def module_paths(tree: ast.Module, name: str) -> list[str]:
+    """Decisions by a module's path: data flow decides; paths are for reports and for what users name."""
+    if name.startswith(PATH_READERS):
+        return []
+    wrong = []
+    for node in ast.walk(tree):
+        decides = node if isinstance(node, ast.Compare) else getattr(node, "test", None)
+        for part in ast.walk(decides) if isinstance(decides, ast.AST) else ():
+            called = part.func if isinstance(part, ast.Call) else None
+            asks = getattr(called, "attr", getattr(called, "id", "")) == "module_path"
+            reads = isinstance(part, ast.Subscript) and isinstance(part.slice, ast.Constant)
+            if asks or (reads and part.slice.value == "module_path"):  # type: ignore[union-attr]  # a constant
+                wrong.append(f"{name}:{part.lineno} decides by the module path")
     return wrong
 
 
@@ -254,6 +278,7 @@ CHECKS: dict[Check, tuple[str, ...]] = {
     private_torch: SHIPPED,
     prints: (*SHIPPED, "tests"),
     model_names: SHIPPED,
+    module_paths: SHIPPED,
     abstract_values: SHIPPED,
     first_line: FOLDERS,
 }
@@ -295,6 +320,13 @@ SNIPPETS = {
         ("graphopt.passes.merge", "if name == 'LlamaAttention':\n    pass"),
         ("graphopt.passes.merge", "def bert_qkv(): ..."),
         ("graphopt.match", "x = node.gpt2"),
+        ("graphopt.patterns.norm", "if path == 'LlamaRMSNorm':\n    pass"),
+        ("graphopt.tools.explain", "def of_bert(): ..."),
+    ),
+    module_paths: (
+        ("graphopt.passes.merge", "if g.module_path(a) != g.module_path(b):\n    pass"),
+        ("graphopt.match", "x = 1 if module_path(a) else 2"),
+        ("graphopt.match", "while node.meta['module_path'] in seen: ..."),
     ),
     abstract_values: (
         ("graphopt.match", "node.meta['val']"),
@@ -330,8 +362,13 @@ INNOCENT = {
     prints: (("graphopt.tools.cli", "print(1)"), ("graphopt.api", "console.print(1)")),
     model_names: (
         ("graphopt.ops.norm", "'''As Llama writes it.'''"),
-        ("graphopt.patterns.norm", "def llama_rms_norm(): ..."),
+        ("graphopt.patterns.norm", "def llama_rms_norm(): ...\nRULES = (llama_rms_norm,)"),
         ("graphopt.match", "optimize = at5 = 'option'"),
+    ),
+    module_paths: (
+        ("graphopt.match", "Refusal(rule, g.module_path(node) or node.name)"),
+        ("graphopt.match", "new.meta['module_path'] = g.module_path(old)"),
+        ("graphopt.question", "if fnmatch(g.module_path(node), pattern):\n    pass"),
     ),
     abstract_values: (
         ("graphopt.graph", "node.meta['val']"),

@@ -24,16 +24,24 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 LINEAR = ops.linear.overload
 RULE = "merge_siblings"
+# Where the results of siblings come together again.
+JOINS = (
+    ops.attention.overload,
+    ops.gated_activation.overload,
+    ops.activation.overload,
+    ops.experts.overload,
+)
 
 
 @dataclass(frozen=True)
 class Merge:
     """Sibling linears become one, so that their input is read once and one call does the work.
 
-    Merged are linears of one input, made by neighbouring modules (the same parent), whose weights depend on
-    weights alone and agree in dtype, device and in having a bias or not. The concatenation is a node on the
-    weights: `fold` prepares it once. Options: `max_rows`, the most output features of a linear that is
-    merged; a vocabulary is beyond.
+    Merged are linears of one input whose results come together again at one place (Q, K and V at an
+    attention, gate and up at a gated activation), whose weights depend on weights alone and agree in dtype,
+    device and in having a bias or not: the keys of two layers, or a parallel MLP beside Q, stay apart. The
+    concatenation is a node on the weights: `fold` prepares it once. Options: `max_rows`, the most output
+    features of a linear that is merged; a vocabulary is beyond.
     """
 
     max_rows: int = 65536
@@ -46,9 +54,8 @@ class Merge:
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> None:
         """Edit `gm` in place."""
-        merger = _Merger(
-            gm.graph, self, ctx, {n: i for i, n in enumerate(gm.graph.nodes)}, g.weight_only(gm.graph)
-        )
+        order = {n: i for i, n in enumerate(gm.graph.nodes)}
+        merger = _Merger(gm.graph, self, ctx, order, g.weight_only(gm.graph), joins(gm.graph))
         for x in list(gm.graph.nodes):
             siblings = sorted((u for u in x.users if is_linear_of(u, x)), key=merger.order.__getitem__)
             if len(siblings) > 1:
@@ -61,8 +68,20 @@ def is_linear_of(node: fx.Node, x: fx.Node) -> bool:
     return g.is_call(node, LINEAR) and node.args[0] is x
 
 
+def joins(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Value -> the first call in the graph's order, of JOINS or the output, that depends on it."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    found: dict[fx.Node, fx.Node] = {}
+    for node in reversed(graph.nodes):
+        reached = [u if u.op == "output" or g.is_call(u, *JOINS) else found.get(u) for u in node.users]
+        first = min((n for n in reached if n is not None), key=order.__getitem__, default=None)
+        if first is not None:
+            found[node] = first
+    return found
+
+
 def parent(node: fx.Node) -> str:
-    """The module path without its last part: neighbours have the same."""
+    """The module path without its last part, to tell of what is merged."""
     return g.module_path(node).rpartition(".")[0]
 
 
@@ -73,6 +92,7 @@ class _Merger:
     ctx: Context
     order: dict[fx.Node, int]
     weights: set[fx.Node]  # what depends on weights alone
+    joins: dict[fx.Node, fx.Node]
     ids: dict[str, int] = field(default_factory=dict)
 
     def merge(self, siblings: Sequence[fx.Node]) -> None:
@@ -112,12 +132,12 @@ class _Merger:
         _, weight, bias = node.args
         assert isinstance(weight, fx.Node)
         about_bias = g.dtype(bias) if isinstance(bias, fx.Node) else None
-        return parent(node), g.dtype(weight), g.device(weight), about_bias
+        return self.joins.get(node), g.dtype(weight), g.device(weight), about_bias
 
     def difference(self, node: fx.Node, other: fx.Node) -> str:
         """What sets a linear apart from a sibling."""
         for what, one, two in zip(
-            ("module", "dtype", "device", "bias"), self.kind(node), self.kind(other), strict=True
+            ("join", "dtype", "device", "bias"), self.kind(node), self.kind(other), strict=True
         ):
             if one != two:
                 return f"{what} {one} differs from {other.name}'s {two}"

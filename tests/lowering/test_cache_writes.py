@@ -244,7 +244,7 @@ def test_writes_stay_where_something_between_writes_what_they_read() -> None:
     same(build.read(keys, build.write("values", position, v)), group_cache_writes, 0)
 
 
-@pytest.mark.parametrize("what", ["rows", "module", "shape", "memory", "rank"])
+@pytest.mark.parametrize("what", ["rows", "attention", "shape", "memory", "rank"])
 def test_writes_that_are_not_of_one_layer_stay(what: str) -> None:
     build = Layer()
     rows = build.input("position", S, dtype=INT)
@@ -265,8 +265,10 @@ def test_writes_that_are_not_of_one_layer_stay(what: str) -> None:
         other = build.input("other", S, dtype=INT) if what == "rows" else rows
         wide = build.heads("w", H) if what == "shape" else v
         cache = build.input("values", B, H if what == "shape" else HK, L, D)
-        path = "other" if what == "module" else "attn"
-        written = [build.write("keys", rows, k), build.call(WRITE, cache, -2, other, wide, path=path)]
+        written = [build.write("keys", rows, k), build.call(WRITE, cache, -2, other, wide, path="attn")]
+    if what == "attention":  # of one module, as keys of two layers may be
+        q = build.heads("q", H)
+        written = [build.call(ops.attention.overload, q, cache, cache, 0.3) for cache in written]
     gm = same(build.read(*written), group_cache_writes, 0)
     assert len(calls(gm, WRITE)) == 2
 

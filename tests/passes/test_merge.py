@@ -107,15 +107,37 @@ def test_those_with_and_without_bias_form_two_groups() -> None:
     assert listener.reasons == ["bias None differs from linear_default's torch.float32"]
 
 
-def test_other_modules_are_no_siblings() -> None:
-    gm, listener = merged(siblings((4, 4), paths=["layers.0.cross.k", "layers.1.cross.k"]))
+def of_two_layers(together: bool) -> fx.GraphModule:
+    """The keys and values of one input in two attentions, or in one; in modules of any names."""
+    build = Builder()
+    x, q = build.input("x", 2, 3, 8), build.input("q", 2, 1, 3, 8)
+    flat = [build.call(LINEAR, x, build.weight(f"w{i}", 8, 8), None) for i in range(4)]
+    heads = [build.call(aten.reshape.default, y, [2, 1, 3, 8]) for y in flat]
+    first = build.call(ops.attention.overload, q, *heads[:2], 0.3)
+    then = build.call(ops.attention.overload, first if together else q, *heads[2:], 0.3)
+    return build.done(first, then)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_what_comes_together_in_each_layer_is_merged_in_each(together: bool) -> None:
+    gm, listener = merged(of_two_layers(together))
+    assert [g.shape(n)[-1] for n in calls(gm, LINEAR)] == [16, 16] and not listener.reasons
+    assert len(calls(gm, ops.attention.overload)) == 2
+
+
+def test_what_has_another_join_says_so() -> None:
+    build = Builder()
+    x = build.input("x", 2, 8)
+    outs = [build.call(LINEAR, x, build.weight(f"w{i}", 8, 8), None) for i in range(2)]
+    gm, listener = merged(build.done(build.call(ops.activation.overload, outs[0], "silu"), outs[1]))
     assert len(calls(gm, LINEAR)) == 2
-    assert listener.reasons[0] == "module layers.0.cross differs from linear_default_1's layers.1.cross"
+    assert listener.reasons[0] == "join activation_default differs from linear_default_1's output"
 
 
-def test_linears_of_functions_without_modules_are_siblings() -> None:
-    gm, _ = merged(siblings((4, 4), paths=["", ""]))
-    assert len(calls(gm, LINEAR)) == 1
+def test_names_of_modules_decide_nothing() -> None:
+    for paths in (["", ""], ["layers.0.cross.k", "layers.1.cross.k"]):
+        gm, _ = merged(siblings((4, 4), paths=paths))
+        assert len(calls(gm, LINEAR)) == 1
 
 
 def test_a_vocabulary_is_not_copied() -> None:
