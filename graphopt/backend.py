@@ -177,6 +177,7 @@ def _build(
     if report.fallback is None:
         try:
             captured = from_dynamo(gm, examples)
+            _name_as_owned(captured.gm, examples)
             ctx = context(options, device=device, store=STORE, observers=observers)
             ctx.mesh = mesh
             ctx.replay = ctx.replay and mesh is None  # a rank that replays alone would hang the others
@@ -228,6 +229,18 @@ def _without_us(
         return run(*args)
 
     return admitted
+
+
+def _name_as_owned(gm: fx.GraphModule, examples: Sequence[object]) -> None:
+    """Add the names that weights have in the model that owns them: a part that is called alone has its own.
+
+    What users and plans call a weight then means it in both graphs.
+    """
+    names = STORE.owners.names()
+    for node, weight in zip(g.placeholders(gm.graph), examples, strict=True):
+        known, owned = g.weight_names(node), names.get(id(weight))
+        if known and owned is not None and owned not in known:
+            g.set_weight_names(node, (*known, owned))
 
 
 def _note_weights(gm: fx.GraphModule, examples: Sequence[object]) -> tuple[int, ...]:
