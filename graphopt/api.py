@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Protocol, TypeVar
 
@@ -77,7 +78,7 @@ def optimize(model: M, *, release: bool = True, **options: object) -> M:
     parameter bring values back; `graphopt.save` keeps what there is. Gradients of parameters are switched
     off. Weights that share their memory with others, and parameters that are assigned later, stay as they
     are: somebody else may hold them. Again with the same options, it takes such new parameters too, and does
-    nothing else.
+    nothing else. An encoder, which `generate` calls past its model, is compiled for that too.
 
     Args:
         release: False keeps the originals besides what is prepared of them.
@@ -106,8 +107,27 @@ def optimize(model: M, *, release: bool = True, **options: object) -> M:
     own(model, owned)
     ours = {"guard_filter_fn": _without_moving_weights} if release else {}
     more = torch_private.more_compilations(RECOMPILE_LIMIT)
-    model.compile(backend="graphopt", options={**options, **ours}, **more)
+    parts: list[torch.nn.Module] = [model, *called_alone(model)]
+    for part in parts:
+        part.compile(backend="graphopt", options={**options, **ours}, **more)
     return model
+
+
+def called_alone(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The parts that transformers' `generate` calls past the model: what `get_encoder()` gives, if a part.
+
+    Inside a call of the model they are compiled as a piece of it; uncompiled, one could not be called by
+    itself any more once its weights are packed.
+    """
+    find = getattr(model, "get_encoder", None)
+    part = find() if callable(find) and not _needs_arguments(find) else None
+    inside = any(part is m for m in model.modules()) and part is not model
+    return [part] if inside and isinstance(part, torch.nn.Module) else []
+
+
+def _needs_arguments(function: Callable[..., object]) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
 def own(model: torch.nn.Module, owned: Owned) -> None:

@@ -220,6 +220,7 @@ def _build(
     if report.fallback is None:
         try:
             captured = from_dynamo(gm, examples)
+            _name_as_owned(captured.gm, examples)
             parameters = frozenset(i for i, x in enumerate(examples) if isinstance(x, torch.nn.Parameter))
             place = (device, mesh, STORE, CERTIFICATES)
             live = Live(captured, options, *place, observers, parameters, _steering)
@@ -267,6 +268,18 @@ def _without_us(
         return run(*args)
 
     return admitted
+
+
+def _name_as_owned(gm: fx.GraphModule, examples: Sequence[object]) -> None:
+    """Add the names that weights have in the model that owns them: a part that is called alone has its own.
+
+    What users and plans call a weight then means it in both graphs.
+    """
+    names = STORE.owners.names()
+    for node, weight in zip(g.placeholders(gm.graph), examples, strict=True):
+        known, owned = g.weight_names(node), names.get(id(weight))
+        if known and owned is not None and owned not in known:
+            g.set_weight_names(node, (*known, owned))
 
 
 def _note_weights(live: Live, examples: Sequence[object]) -> None:

@@ -282,7 +282,7 @@ def _name_weights(gm: fx.GraphModule, names: Sequence[tuple[str, ...]]) -> None:
             node.replace_all_uses_with(first[weight])
             continue
         first[weight] = node
-        node.meta["weight"] = weight
+        g.set_weight_names(node, weight)
         with gm.graph.inserting_before(node):
             node._rename(re.sub(r"\W", "_", weight[0]))
     gm.recompile()

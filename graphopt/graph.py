@@ -262,6 +262,11 @@ def weight_names(node: object) -> tuple[str, ...]:
     return node.meta.get("weight", ()) if isinstance(node, fx.Node) else ()
 
 
+def set_weight_names(node: fx.Node, names: tuple[str, ...]) -> None:
+    """Say which names a placeholder's weight has."""
+    node.meta["weight"] = names
+
+
 def is_weight(node: object) -> bool:
     """Whether a node is a weight of the model: a parameter, or a buffer that the graph never writes."""
     return bool(weight_names(node))

@@ -249,6 +249,10 @@ class Owners:
         named = (item for m in list(self._models) for item in m.named_parameters())
         return next((name for name, p in named if p is x), f"of shape {tuple(x.shape)}")
 
+    def names(self) -> dict[int, str]:
+        """The names of all parameters in the models that own them, by id."""
+        return {id(p): name for m in list(self._models) for name, p in m.named_parameters()}
+
     def admit(self, weights: Iterable[object]) -> None:
         """A program is about to read these as they are: from now on they stay.
 
