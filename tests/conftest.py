@@ -1,10 +1,11 @@
-"""What every test shares: Before / After of rules, refusals by name, modes left as they were."""
+"""What every test shares: Before / After of rules, refusals by name, modes and compiled code left as they were."""
 
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 
+from graphopt import backend
 from graphopt import graph as g
 from graphopt.rewrite import Refusal
 from graphopt.rule import Rule
@@ -35,6 +36,16 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
 
 Program = Callable[..., object]
 Rules = Sequence[Rule | Translation]
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """No compiled code and reports of other tests; no gradients."""
+    torch.compiler.reset()
+    backend.clear_reports()
+    with torch.no_grad():
+        yield
+    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,14 +25,7 @@ PASSES = (Canonicalize, Recognise, Merge, Quantize, Lower)
 Edit = Callable[[fx.Graph], None]
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """No compiled code and reports of other tests; no gradients."""
-    torch.compiler.reset()
-    backend.clear_reports()
-    with torch.no_grad():
-        yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def fails(graph: fx.Graph) -> None:

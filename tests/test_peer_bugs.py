@@ -7,7 +7,7 @@ test in it exists.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -97,16 +97,6 @@ def test_the_bug_has_a_test(bug: str) -> None:
     for file, name in BUGS[bug]:
         functions = [n for n in ast.parse((TESTS / file).read_text()).body if isinstance(n, ast.FunctionDef)]
         assert name in [f.name for f in functions], f"tests/{file} has no {name}"
-
-
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    """No compiled code and reports of other tests; no gradients."""
-    torch.compiler.reset()
-    backend.clear_reports()
-    with torch.no_grad():
-        yield
-    torch.compiler.reset()
 
 
 def rand(*shape: int) -> Tensor:

@@ -6,7 +6,7 @@ The programs read every size off their inputs, so that one compiled graph serves
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -25,14 +25,7 @@ from tests.rewriting import outputs
 LAYOUTS = ("plain", "transposed", "sliced", "expanded", "offset", "reversed")
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """No compiled code of other tests; no gradients."""
-    torch.compiler.reset()
-    backend.clear_reports()
-    with torch.no_grad():
-        yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def laid_out(shape: Sequence[int], layout: str, seed: int) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
 
-from graphopt import backend, defaults
+from graphopt import defaults
 from graphopt import graph as g
 from graphopt.accuracy import judge
 from graphopt.capture import capture
@@ -37,14 +37,7 @@ IDEMPOTENT = (
 )
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """No compiled code and reports of other tests; no gradients."""
-    torch.compiler.reset()
-    backend.clear_reports()
-    with torch.no_grad():
-        yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def compiled(name: str) -> torch.nn.Module:
