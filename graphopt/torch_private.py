@@ -110,9 +110,9 @@ def trace(function: Callable[..., object], fakes: Sequence[object], mode: FakeTe
 def trace_below_vmap(function: Callable[..., object], values: Sequence[object]) -> fx.GraphModule:
     """Record a function that enters `torch.vmap` as the ATen calls that run below it, as one graph.
 
-    May be called while another trace is going on: that one records nothing of it. The tracer that looks before
-    dispatch cannot see through vmap's wrapped tensors; this one looks after it, so composites come in pieces,
-    and with autocast's casts. A level of vmap that an error leaves open is left.
+    May be called while another trace is going on: that one records nothing of it. The tracer that looks
+    before dispatch cannot see through vmap's wrapped tensors; this one looks after it, so composites come in
+    pieces, and with autocast's casts. A level of vmap that an error leaves open is left.
     """
     functorch = torch._C._functorch
     outer = functorch.maybe_current_level() or 0

@@ -17,6 +17,7 @@ from torch import fx
 from graphopt import autocast, torch_private
 from graphopt import graph as g
 from graphopt.batching import DERIVATIVES, Batched, batched_regions
+from graphopt.complex_values import complex_refusal
 from graphopt.errors import CaptureRefused
 
 # Where a source of Dynamo begins: a variable, or an item of one (`L['args'][0]`: forward has a decorator).
@@ -175,8 +176,6 @@ def check_inputs(values: Sequence[object]) -> None:
             raise CaptureRefused(f"an input is a tensor subclass, {type(value).__name__}")
         if value.layout is not torch.strided:
             raise CaptureRefused(f"an input has layout {value.layout}; only torch.strided is supported")
-        if value.dtype.is_complex:
-            raise CaptureRefused(f"an input has dtype {value.dtype}; complex tensors are not supported")
         if value.is_quantized:
             raise CaptureRefused(f"an input has the quantized dtype {value.dtype}")
     autocast.refuse_other_ambient({v.device.type for v in values if isinstance(v, torch.Tensor)})
@@ -188,9 +187,12 @@ def _check_node(gm: fx.GraphModule, node: fx.Node) -> None:
         raise CaptureRefused(f"the higher-order operator {node.target.__name__!r} is not supported")  # type: ignore[union-attr]  # a callable
     value = g.val(node)
     for one in value if isinstance(value, (list, tuple)) else (value,):
-        if isinstance(one, torch.Tensor) and (one.dtype.is_complex or one.layout is not torch.strided):
-            kind = f"dtype {one.dtype}" if one.dtype.is_complex else f"layout {one.layout}"
-            raise CaptureRefused(f"{node.name} ({node.target}) has {kind}, which no pass understands")
+        if isinstance(one, torch.Tensor) and one.layout is not torch.strided:
+            raise CaptureRefused(
+                f"{node.name} ({node.target}) has layout {one.layout}, which no pass understands"
+            )
+    if (reason := complex_refusal(node)) is not None:
+        raise CaptureRefused(reason)
     if node.op == "get_attr":
         constant = getattr(gm, str(node.target))
         if isinstance(constant, torch_private.FakeTensor):
