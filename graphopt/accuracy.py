@@ -23,6 +23,7 @@ HALF = frozenset({torch.float16, torch.bfloat16})
 FEW_ELEMENTS = 1000  # below, one unlucky element moves the mean: the rule allows a factor of 3
 
 _LOWER = HALF | {torch.float32}
+_LOWER_COMPLEX = frozenset({torch.complex32, torch.complex64})
 # What a mask adds, in any lower dtype -> the same in fp64 (-3.4e38 is an ordinary number there).
 _EXTREMES = {torch.finfo(d).min: torch.finfo(torch.float64).min for d in _LOWER} | {
     torch.finfo(d).max: torch.finfo(torch.float64).max for d in _LOWER
@@ -192,7 +193,7 @@ def _makes_floats_of_none(node: fx.Node) -> bool:
     if value is None or value.dtype not in _LOWER or not isinstance(node.target, OpOverload):
         return False
     read = [graph.tensor(n) for n in graph.inputs(node)]
-    return not any(t is not None and t.is_floating_point() for t in read)
+    return not any(t is not None and (t.is_floating_point() or t.is_complex()) for t in read)
 
 
 def _cast_integers(raised: fx.Graph, node: fx.Node, new: fx.Node) -> None:
@@ -214,9 +215,9 @@ def _widen_choice(raised: fx.Graph, node: fx.Node, new: fx.Node) -> None:
 
 
 def _raise_literal(x: graph.Argument) -> graph.Argument:
-    """fp64 for a lower dtype, fp64's extreme for a lower dtype's; anything else as it is."""
+    """fp64 (complex128) for a lower dtype, fp64's extreme for a lower dtype's; anything else as it is."""
     if isinstance(x, torch.dtype):
-        return torch.float64 if x in _LOWER else x
+        return torch.float64 if x in _LOWER else torch.complex128 if x in _LOWER_COMPLEX else x
     return _EXTREMES.get(x, x) if isinstance(x, float) else x
 
 
@@ -226,10 +227,12 @@ def _sets_grad_mode(node: fx.Node) -> bool:
 
 
 def _twin(x: object) -> object:
-    """An independent copy of a tensor, in fp64 if it is floating point; anything else itself."""
+    """An independent copy of a tensor, in fp64 (complex128) if it is lower; anything else itself."""
     if not isinstance(x, torch.Tensor):
         return x
-    return x.detach().to(torch.float64, copy=True) if x.dtype in _LOWER else x.detach().clone()
+    dtype = _raise_literal(x.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return x.detach().to(dtype, copy=True)
 
 
 def _twins(*inputs: object) -> tuple[object, ...]:

@@ -13,6 +13,16 @@ from graphopt import graph as g
 
 aten = torch.ops.aten
 
+# Views of another dtype.
+REINTERPRETS = frozenset(
+    {
+        aten.view.dtype,
+        aten.view_as_complex.default,
+        aten.view_as_real.default,
+        aten.real.default,
+        aten.imag.default,
+    }
+)
 # Written by their schema, yet they only return their argument.
 ALIAS_ONLY = frozenset({aten.detach_.default})
 
@@ -66,10 +76,10 @@ def viewed(node: object) -> fx.Node | None:
 
 def _casts(node: fx.Node, source: fx.Node) -> bool:
     """Whether a result has another dtype than what it might be a view of: then it is a copy, but for
-    `view(dtype)`.
+    what reinterprets bits.
     """
     both = g.is_tensor(node) and g.is_tensor(source)
-    return both and node.target is not aten.view.dtype and g.dtype(node) != g.dtype(source)
+    return both and node.target not in REINTERPRETS and g.dtype(node) != g.dtype(source)
 
 
 def root(node: fx.Node) -> fx.Node:

@@ -80,9 +80,9 @@ def capture(
             (its own example shapes; no arguments), or a function of tensors.
 
     Raises:
-        CaptureRefused: out of scope as a whole (unknown higher-order op, tensor subclass, sparse or complex
-        tensor,
-            data-dependent control flow, a cast by autocast that no argument shows), with the reason.
+        CaptureRefused: out of scope as a whole (unknown higher-order op, tensor subclass, sparse tensor,
+            complex output, complex numbers in an unknown operator, data-dependent control flow, a cast by
+            autocast that no argument shows), with the reason.
         ReleasedError: a weight was released (`optimize`).
     """
     if isinstance(model, torch.export.ExportedProgram):

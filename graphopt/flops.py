@@ -21,7 +21,8 @@ FREE = frozenset(
         *("aten.index_select", "aten.index_copy", "aten.index_put", "aten.arange", "aten.zeros", "aten.ones"),
         *("aten.full", "aten.empty", "aten.zeros_like", "aten.ones_like", "aten.full_like"),
         *("aten.empty_like", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.scalar_tensor"),
-        *("aten.sym_size", "aten.item", "cache_update"),
+        *("aten.sym_size", "aten.item", "cache_update", "aten.real", "aten.imag", "aten.complex"),
+        *("aten.view_as_real", "aten.view_as_complex"),
     }
 )
 
@@ -81,15 +82,16 @@ def unmatched(graph: fx.Graph) -> dict[str, float]:
     """The share of the graph's operations in each kind of heavy work that is not an op of our vocabulary.
 
     Heavy work is what `HEAVY` names: matrix products, linears, convolutions, scaled_dot_product_attention and
-    softmax, as ATen calls. In a recognised graph each of them is a part of the model that no rule understood.
-    Elementwise ATen counts in the total but is never missed: residual adds and masks stay ATen for good.
+    softmax, as calls of ATen or of a library. In a recognised graph each of them is a part of the model that
+    no rule understood. Elementwise ATen counts in the total but is never missed: residual adds and masks stay
+    ATen for good.
     Returns {op name: share in 0..1}, largest first; empty where nothing was missed.
     """
     whole = total(graph)
     missed: dict[str, int] = {}
     for node in graph.nodes:
         name = op_name(node)
-        if is_call(node) and name in HEAVY and name.startswith("aten."):
+        if is_call(node) and name in HEAVY and "." in name:  # ours, and kernels, have no namespace
             missed[name] = missed.get(name, 0) + flops(node)
     ordered = sorted(missed.items(), key=lambda item: -item[1])
     return {name: count / whole for name, count in ordered if count}
@@ -183,6 +185,7 @@ HEAVY: dict[str, Callable[[fx.Node], int]] = {
     "expert_matmul": _expert_matmul,
     "experts": _experts,
     "aten._grouped_mm": _product("self"),
+    "transformers.grouped_mm_fallback": _product("input"),
     "attention": _attention("q", "k", "v"),
     "attention_lse": _attention("q", "k", "v"),
     "aten.linear": _linear,

@@ -42,7 +42,8 @@ class T:
         dims: names of its dimensions, as `"b h s d"`; equal names are equal sizes. A leading `...` is any
             number of dimensions; `"b|1"` may also be 1 where it is broadcast (`"...|1 n"`: the leading
             ones); `"h*d"` is a product; a number is itself.
-        dtype: a variable ("T", the rule's main float dtype; "W", another one), or `"bool"`, `"int64"`.
+        dtype: a variable ("T", the rule's main float dtype; "W", another one), or `"bool"`, `"int64"`,
+            `"complex64"`.
         optional: whether None also fits; the rule then has a variant with it and one without.
         below: of integers that index a dimension: its name. The equation holds for 0 .. its size - 1, which
             is all that a model may give; tests draw from there.

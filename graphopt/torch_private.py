@@ -16,7 +16,7 @@ import torch.fx.traceback
 from torch import fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 if TYPE_CHECKING:
@@ -105,6 +105,27 @@ def trace(function: Callable[..., object], fakes: Sequence[object], mode: FakeTe
     outer = torch._guards.tracing(None) if apart else contextlib.nullcontext()
     with outer, mode, torch.no_grad(), torch.fx.traceback.preserve_node_meta():
         return make_fx(function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+
+
+def trace_below_vmap(function: Callable[..., object], values: Sequence[object]) -> fx.GraphModule:
+    """Record a function that enters `torch.vmap` as the ATen calls that run below it, as one graph.
+
+    May be called while another trace is going on: that one records nothing of it. The tracer that looks
+    before dispatch cannot see through vmap's wrapped tensors; this one looks after it, so composites come in
+    pieces, and with autocast's casts. A level of vmap that an error leaves open is left.
+    """
+    functorch = torch._C._functorch
+    outer = functorch.maybe_current_level() or 0
+    try:
+        with (
+            disable_proxy_modes_tracing(),
+            torch._C.DisableTorchFunction(),  # the outer trace's record of grad modes and autocast
+            torch.fx.traceback.preserve_node_meta(),
+        ):
+            return make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
+    finally:
+        while (functorch.maybe_current_level() or 0) > outer:
+            functorch._vmap_decrement_nesting()
 
 
 def backend_fakes(examples: Sequence[object]) -> tuple[FakeTensorMode, list[object]]:

@@ -16,6 +16,8 @@ from torch import fx
 
 from graphopt import autocast, torch_private
 from graphopt import graph as g
+from graphopt.batching import DERIVATIVES, Batched, batched_regions
+from graphopt.complex_values import complex_refusal
 from graphopt.errors import CaptureRefused
 
 # Where a source of Dynamo begins: a variable, or an item of one (`L['args'][0]`: forward has a decorator).
@@ -50,12 +52,16 @@ _UNDECLARED_WRITES = {
 class Door(fx.Interpreter):
     """Runs a recorded graph under the tracer: regions dissolve, what is out of scope is refused by name.
 
-    Autocast regions are really entered, and recorded for `autocast.make_explicit`.
+    Autocast regions are really entered, and recorded for `autocast.make_explicit`. What `torch.vmap` has
+    batched becomes the operators that run below it: the tracer would not see through its wrapped tensors.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
         self._regions: list[torch.autocast] = []
+        self._batched = {region.nodes[0]: region for region in batched_regions(gm)}
+        self._inside = {node for region in self._batched.values() for node in region.nodes}
+        self._given: dict[fx.Node, object] = {}  # what batched regions have given
 
     def run(self, *args: object, **kwargs: object) -> object:
         """As fx's; a region that an error leaves open is left."""
@@ -64,6 +70,21 @@ class Door(fx.Interpreter):
         finally:
             while self._regions:
                 self._regions.pop().__exit__(None, None, None)
+
+    def run_node(self, n: fx.Node) -> object:
+        """As fx's; a batched region runs as a whole where it begins."""
+        if n in self._batched:
+            region = self._batched[n]
+            values = self._run_batched(region, [self.env[node] for node in region.reads])
+            self._given.update(zip(region.gives, values, strict=True))
+        return self._given.get(n) if n in self._inside else super().run_node(n)
+
+    def _run_batched(self, region: Batched, values: Sequence[object]) -> Sequence[object]:
+        """vmap(f)(x) -> f written for batches. Its casts by autocast are in what was recorded below vmap."""
+        below = torch_private.trace_below_vmap(_Unbatched(region.body).run, values)
+        cast = autocast.ambient() is not None
+        with autocast.within(None) if cast else contextlib.nullcontext():
+            return fx.Interpreter(below).run(*values)
 
     def call_function(self, target: object, args: tuple, kwargs: dict) -> object:
         """As fx's, but for modes, regions and higher-order operators."""
@@ -77,6 +98,8 @@ class Door(fx.Interpreter):
             return self._regions.pop().__exit__(None, None, None)
         if name == "_get_data_attr":  # `x.data`; the tracer would lose sight of it
             return args[0].detach()
+        if name in DERIVATIVES:
+            raise CaptureRefused(f"a derivative is taken ({DERIVATIVES[name]}), which is not supported")
         if torch_private.is_higher_order(target):
             if name not in _DISSOLVED:
                 raise CaptureRefused(f"the higher-order operator {name!r} is not supported")
@@ -85,6 +108,14 @@ class Door(fx.Interpreter):
             with region:
                 return type(self)(body).run(*args[_DISSOLVED[name] + 1 :])
         return super().call_function(target, args, kwargs)  # type: ignore[arg-type]  # fx checks it
+
+
+class _Unbatched(Door):
+    """The body of a batched region: here vmap is really entered."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self._batched, self._inside = {}, set()
 
 
 def trace(
@@ -145,8 +176,6 @@ def check_inputs(values: Sequence[object]) -> None:
             raise CaptureRefused(f"an input is a tensor subclass, {type(value).__name__}")
         if value.layout is not torch.strided:
             raise CaptureRefused(f"an input has layout {value.layout}; only torch.strided is supported")
-        if value.dtype.is_complex:
-            raise CaptureRefused(f"an input has dtype {value.dtype}; complex tensors are not supported")
         if value.is_quantized:
             raise CaptureRefused(f"an input has the quantized dtype {value.dtype}")
     autocast.refuse_other_ambient({v.device.type for v in values if isinstance(v, torch.Tensor)})
@@ -158,9 +187,12 @@ def _check_node(gm: fx.GraphModule, node: fx.Node) -> None:
         raise CaptureRefused(f"the higher-order operator {node.target.__name__!r} is not supported")  # type: ignore[union-attr]  # a callable
     value = g.val(node)
     for one in value if isinstance(value, (list, tuple)) else (value,):
-        if isinstance(one, torch.Tensor) and (one.dtype.is_complex or one.layout is not torch.strided):
-            kind = f"dtype {one.dtype}" if one.dtype.is_complex else f"layout {one.layout}"
-            raise CaptureRefused(f"{node.name} ({node.target}) has {kind}, which no pass understands")
+        if isinstance(one, torch.Tensor) and one.layout is not torch.strided:
+            raise CaptureRefused(
+                f"{node.name} ({node.target}) has layout {one.layout}, which no pass understands"
+            )
+    if (reason := complex_refusal(node)) is not None:
+        raise CaptureRefused(reason)
     if node.op == "get_attr":
         constant = getattr(gm, str(node.target))
         if isinstance(constant, torch_private.FakeTensor):

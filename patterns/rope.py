@@ -99,6 +99,23 @@ def deepseek_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
     return turned_q.to(q.dtype), turned_k.to(k.dtype)
 
 
+def _multiplied(pairs: Tensor, turn: Tensor) -> Tensor:
+    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(3)
+
+
+def complex_rope(q: Tensor, k: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+    """Neighbouring pairs as complex numbers, times exp(i * angle) of [batch or 1, length, pairs]
+
+    q and k come as pairs already, [batch, heads, length, pairs, 2], in fp32 (DeepSeek-V2).
+    """
+    return _multiplied(q, turn.unsqueeze(1)), _multiplied(k, turn.unsqueeze(1))
+
+
+def complex_token_rope(q: Tensor, k: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+    """As DeepSeek-V2's, of [batch, length, heads, pairs, 2] (Llama 4)"""
+    return _multiplied(q, turn.unsqueeze(2)), _multiplied(k, turn.unsqueeze(2))
+
+
 def partial_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary: int) -> tuple[Tensor, Tensor]:
     """Only the first `rotary` dimensions of a head are rotated, the others pass."""
     turned_q, turned_k = ops.rope(q[..., :rotary], k[..., :rotary], cos, sin, rotary)
@@ -138,6 +155,17 @@ def _deepseek(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, T
     return _gpt_oss(q, k, cos[..., : cos.shape[-1] // 2], sin[..., : sin.shape[-1] // 2])
 
 
+def _complex(q: Tensor, k: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = _spread(torch.real(turn)), _spread(torch.imag(turn))
+    return ops.rope(q.flatten(3), k.flatten(3), cos, sin, cos.shape[-1], True)
+
+
+def _complex_tokens(q: Tensor, k: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+    turned_q, turned_k = _complex(q.transpose(1, 2), k.transpose(1, 2), turn)
+    return turned_q.transpose(1, 2), turned_k.transpose(1, 2)
+
+
+_TURN = T("b|1 s r", "complex64")
 _TOKENS = {"cos": T("b|1 s r"), "sin": T("b|1 s r")}
 _ONCE = {"cos": T("b|1 s r", "C"), "sin": T("b|1 s r", "C")}
 
@@ -147,6 +175,14 @@ RULES = (
     rule(glm_rope, _glm, _HEADS, guard=_even),
     rule(deepseek_rope, _deepseek, _HEADS, guard=_even),
     rule(gpt_oss_rope, _gpt_oss, _ONCE, q=T("b h s 2*r"), k=T("b hk s 2*r")),
+    rule(complex_rope, _complex, q=T("b h s r 2", "float32"), k=T("b hk s r 2", "float32"), turn=_TURN),
+    rule(
+        complex_token_rope,
+        _complex_tokens,
+        q=T("b s h r 2", "float32"),
+        k=T("b s hk r 2", "float32"),
+        turn=_TURN,
+    ),
     rule(gptj_rope, _gptj, _TOKENS, q=T("b s h 2*r"), k=T("b s hk 2*r")),
     rule(
         gptj_partial_rope,

@@ -1,4 +1,4 @@
-"""What every test shares: Before / After of rules, refusals by name, modes and compiled code left as they were."""
+"""What every test shares: Before / After of rules, refusals by name, modes and compiled code as they were."""
 
 from collections.abc import Callable, Iterator, Sequence
 

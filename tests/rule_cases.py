@@ -142,6 +142,8 @@ def _tensor(
     """Normal numbers, coin flips, or as int64 distinct positions or indices below a size."""
     if below is not None:
         return torch.randint(below, shape, generator=random, dtype=dtype)
+    if dtype.is_complex:
+        return torch.randn(shape, generator=random, dtype=dtype)
     if dtype.is_floating_point:
         return torch.randn(shape, generator=random, dtype=torch.float32).to(dtype)
     if dtype == torch.bool:

@@ -12,6 +12,7 @@ from graphopt.aliasing import writes
 from graphopt.capture import Captured, capture, from_dynamo
 from graphopt.errors import CaptureRefused, WeightError
 from graphopt.passes.canonicalize import canonicalize
+from tests.eager import as_eager, falls_back
 
 aten = torch.ops.aten
 
@@ -366,8 +367,8 @@ class AsModule(nn.Module):
         (conditional, "higher-order operator 'cond' is not supported"),
         (autocast_inside, r"kernel of aten._trilinear.default; convert the model with model.to\(dtype\)"),
         (branches, r"torch.export cannot trace it|tracing failed"),
-        (lambda x: torch.view_as_complex(x.view(-1, 2)).real, "complex64, which no pass understands"),
-        (lambda x: torch.fft.fft(x).real, "complex"),
+        (lambda x: torch.complex(x, x).conj().imag, "complex64, which no pass understands"),
+        (lambda x: torch.fft.fft(x), r"an output \(.*\) has dtype torch.complex64"),
         (lambda x: x.to_sparse().to_dense(), "sparse|tracing failed|cannot trace"),
     ],
 )  # fmt: skip
@@ -381,10 +382,6 @@ def test_refused_with_the_reason(program, reason: str, wrap) -> None:
     ("value", "reason"),
     [
         (torch.eye(3).to_sparse(), "an input has layout torch.sparse_coo; only torch.strided is supported"),
-        (
-            torch.eye(3, dtype=torch.complex64),
-            "an input has dtype torch.complex64; complex tensors are not supported",
-        ),
         (torch._empty_affine_quantized((3, 3), scale=0.1, dtype=torch.qint8), "quantized dtype torch.qint8"),
         (
             torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
@@ -403,6 +400,64 @@ def test_flex_attention_is_refused() -> None:
     q = torch.randn(1, 2, 16, 16)
     with pytest.raises(CaptureRefused, match=r"flex_attention|cannot trace"):
         capture(AsModule(flex_attention), q, q, q)
+
+
+def scanned(x: torch.Tensor) -> torch.Tensor:
+    """A sum of pairs that is vmapped over the rows, as generic scans do."""
+    return torch.vmap(lambda a, b: (a + b) * a.sum(-1, keepdim=True), (0, None), 1)(x[:, ::2], x[0, 1::2])
+
+
+def vmapped_twice(x: torch.Tensor) -> torch.Tensor:
+    inner = torch.vmap(lambda a, b: a * b + 1, (None, 0))
+    return torch.vmap(inner, (0, None))(x, x).sum(-1) + x
+
+
+def vmapped_and_written(x: torch.Tensor) -> torch.Tensor:
+    y = x.clone()
+    torch.vmap(lambda row: row.mul_(2))(y)
+    return y + x
+
+
+@pytest.mark.parametrize("program", [scanned, vmapped_twice, vmapped_and_written])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_what_vmap_batches_becomes_operators(program, dynamic: bool | None) -> None:
+    as_eager(program, torch.randn(4, 4), dynamic=dynamic, strict=False)
+
+
+def test_vmap_behind_the_door_of_export() -> None:
+    x = torch.randn(4, 4)
+    exported = torch.export.export(AsModule(vmapped_twice), (x,))
+    assert torch.equal(capture(exported)(x), vmapped_twice(x))
+
+
+@pytest.mark.parametrize("program", [scanned, vmapped_twice])
+def test_what_vmap_batches_keeps_its_provenance(program) -> None:
+    dynamo = by_dynamo(program, torch.randn(4, 4))
+    calls = [n for n in dynamo.gm.graph.nodes if n.op == "call_function"]
+    assert not any("vmap" in str(n.target) or "batch_dim" in str(n.target) for n in calls)
+    assert all("test_capture.py" in g.source(n) for n in calls)
+
+
+def test_vmap_under_autocast() -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(lambda a: torch.softmax(a @ a, -1))(x)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        as_eager(program, torch.randn(2, 4, 4), strict=False)
+
+
+def test_a_vmap_that_fails_leaves_no_level_open() -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(lambda a: torch.complex(a, a).conj())(x).abs()
+
+    falls_back(program, torch.randn(3, 2), why="complex64")
+    assert torch.equal(torch.vmap(lambda a: a + 1)(torch.zeros(2)), torch.ones(2))
+
+
+def test_derivatives_are_refused_by_name() -> None:
+    falls_back(
+        torch.func.grad(lambda x: (x * x).sum()), torch.randn(3), why="a derivative is taken (torch.func.grad"
+    )
 
 
 def test_batch_norm_in_training_mode_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers.integrations.moe  # noqa: F401  # it registers grouped_mm_fallback
 
 from graphopt import ops
 from graphopt.flops import flops, hint, total, unmatched, unmatched_share
@@ -77,6 +78,18 @@ def test_unmatched_share() -> None:
     assert total(gm.graph) == 2 * product + 84
     assert unmatched(gm.graph) == {"aten.matmul": product / (2 * product + 84)}
     assert unmatched_share(gm.graph) == pytest.approx(product / (2 * product + 84))
+
+
+def test_products_with_chosen_matrices() -> None:
+    s = Sketch()
+    rows, weight = s.input("rows", 7, 12), s.weight("w", 3, 12, 5)
+    ends, ids = s.input("ends", 3, dtype=torch.int32), s.input("ids", 7, dtype=torch.int64)
+    product = 2 * 7 * 12 * 5
+    assert flops(s.call(ops.expert_matmul.overload, rows, weight, ids)) == product
+    fallback = s.call(torch.ops.transformers.grouped_mm_fallback.default, rows, weight, ends)
+    assert flops(fallback) == product
+    gm = s.done(fallback)
+    assert unmatched(gm.graph) == {"transformers.grouped_mm_fallback": product / total(gm.graph)}
 
 
 def test_nothing_is_unmatched_where_all_heavy_work_is_ours() -> None:

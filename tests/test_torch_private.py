@@ -322,6 +322,29 @@ def test_the_backend_that_dynamo_traces_for() -> None:
     assert list(dict.fromkeys(names)) == ["eager", "graphopt"]  # traced again after the break
 
 
+def test_trace_below_vmap_records_nothing_outside_and_leaves_no_level_open() -> None:
+    inner: list[fx.GraphModule] = []
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        inner.append(p.trace_below_vmap(torch.vmap(lambda a: a.sin() @ a), [x]))
+        return x + 1
+
+    mode = p.new_fake_mode()
+    outer = p.trace(program, p.faked([torch.ones(2, 3, 3)], mode), mode)
+    assert [n.target for n in outer.graph.nodes if n.op == "call_function"] == [aten.add.Tensor]
+    targets = [n.target for n in inner[0].graph.nodes if n.op == "call_function"]
+    assert aten.sin.default in targets and aten.bmm.default in targets
+    x = torch.rand(2, 3, 3)
+    assert torch.allclose(inner[0](x), x.sin() @ x)
+
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        return torch._C._functorch._vmap_increment_nesting(2, "error") / 0
+
+    with pytest.raises(ZeroDivisionError):
+        p.trace_below_vmap(fails, [torch.ones(2)])
+    assert torch._C._functorch.maybe_current_level() is None
+
+
 def test_more_compilations_are_arguments_of_compile() -> None:
     arguments = p.more_compilations(12)
     assert arguments in ({}, {"recompile_limit": 12})

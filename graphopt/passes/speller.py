@@ -340,6 +340,6 @@ def argument_key(argument: object) -> object:
         return tuple(argument_key(a) for a in argument)
     if isinstance(argument, fx.Node):
         return argument
-    if isinstance(argument, float):
-        return (float, repr(argument))  # 0.0 and -0.0 are two, too
+    if isinstance(argument, (float, complex)):
+        return (type(argument), repr(argument))  # 0.0 and -0.0 are two, too
     return (type(argument), argument)

@@ -33,6 +33,7 @@ from graphopt.passes.view_spellings import (
     slice_,
     softmax,
     unbind,
+    view_as_complex,
 )
 from graphopt.passes.views import EXPANDS, PERMUTATIONS, RESHAPES, overloads
 
@@ -53,9 +54,14 @@ def _times(y: object, alpha: object, value: object) -> tuple[object, bool]:
     """alpha * y, if that is exact: eager multiplies and adds with one rounding, two calls do not."""
     if alpha == 1:
         return y, True
-    if not _known(alpha) or not _known(y) or not isinstance(value, torch.Tensor) or value.is_floating_point():
+    if not _known(alpha) or not _known(y) or not isinstance(value, torch.Tensor) or _rounds(value):
         return y, False
     return alpha * y, True  # type: ignore[operator]  # numbers
+
+
+def _rounds(value: torch.Tensor) -> bool:
+    """Whether arithmetic on a dtype rounds, and knows -0.0."""
+    return value.is_floating_point() or value.is_complex()
 
 
 def _unchanged(x: object, value: object) -> bool:
@@ -75,7 +81,7 @@ def add(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Re
     y, exact = _times(y, alpha, value)
     if not exact and alpha == -1:
         return sub(s, node, (x, y), {"alpha": 1})
-    if _zero(y) and _unchanged(x, value) and not value.is_floating_point():  # -0.0 + 0 is 0.0
+    if _zero(y) and _unchanged(x, value) and not _rounds(value):  # -0.0 + 0 is 0.0
         return x
     return s.emit(aten.add.Tensor, (x, y), {"alpha": 1 if exact else alpha}, value, node)
 
@@ -302,6 +308,7 @@ def _table() -> dict[object, Spelling]:
     row(slice_, "slice.Tensor")
     row(narrow, "narrow")
     row(select, "select.int")
+    row(view_as_complex, "view_as_complex")
     row(pieces, "split.Tensor", "split.sizes", "split_with_sizes", "chunk", "tensor_split.sections")
     row(unbind, "unbind.int")
     row(cast, "to.dtype", "to.device", "to.dtype_layout", "to.other", "type_as", "_to_copy")

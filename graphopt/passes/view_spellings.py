@@ -84,6 +84,15 @@ def select(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) ->
     return s.emit(aten.select.int, (x, dim % g.rank(x) - g.rank(x), index), {}, g.val(node), node)
 
 
+def view_as_complex(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """view_as_complex(x [.., 2]) -> complex(x[.., 0], x[.., 1]), which takes any strides of x"""
+    x = args[0]
+    old = g.tensor(x)
+    assert old is not None
+    parts = [s.emit(aten.select.int, (x, -1, i), {}, old.select(-1, i), node) for i in (0, 1)]
+    return s.emit(aten.complex.default, tuple(parts), {}, g.val(node), node)
+
+
 def pieces(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
     """split, chunk, tensor_split … -> a slice for each piece"""
     x, values = args[0], g.val(node)
