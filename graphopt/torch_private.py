@@ -104,7 +104,29 @@ def trace(function: Callable[..., object], fakes: Sequence[object], mode: FakeTe
     )  # a pattern, traced while Dynamo compiles a model
     outer = torch._guards.tracing(None) if apart else contextlib.nullcontext()
     with outer, mode, torch.no_grad(), torch.fx.traceback.preserve_node_meta():
-        return make_fx(function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+        return make_fx(
+            function,
+            decomposition_table=_DROPOUTS,
+            pre_dispatch=True,
+            tracing_mode="real",
+            _allow_non_fake_inputs=True,
+        )(*fakes)
+
+
+def _dropout(x: torch.Tensor, p: float, train: bool) -> object:
+    """dropout(x, p, train) -> x, as eager does where it drops nothing; else it is recorded as it is.
+
+    No schema declares the alias, and torch's Python kernel of `aten.dropout` returns a clone in its place: a
+    write through the result would be lost to x. In place there is then nothing to write.
+    """
+    return x if not train or (not isinstance(p, torch.SymFloat) and p == 0) else NotImplemented
+
+
+_DROPOUTS: dict[OpOverload, Callable[..., object]] = {
+    getattr(torch.ops.aten, name).default: _dropout
+    for base in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+    for name in (base, f"{base}_")
+}
 
 
 def trace_below_vmap(function: Callable[..., object], values: Sequence[object]) -> fx.GraphModule:

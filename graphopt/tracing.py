@@ -36,10 +36,6 @@ _IGNORED = frozenset(
 )
 # Higher-order operators whose body is simply run in place -> where their body stands among the arguments.
 _DISSOLVED = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
-# dropout(x, p, train): x itself where p is 0 or train is False.
-_DROPOUTS = frozenset(
-    {getattr(torch.ops.aten, n).default for n in ("dropout", "feature_dropout", "alpha_dropout")}
-)
 # Operators that write to arguments which their schema calls read-only -> the argument that says whether they
 # do.
 _UNDECLARED_WRITES = {
@@ -148,13 +144,10 @@ def trace(
 
 
 def _dissolve(graph: fx.Graph) -> None:
-    """Drop modes that a plain function entered, and the dropouts that return their argument as it is."""
+    """Drop modes that a plain function entered."""
     for node in reversed(graph.nodes):
         name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
         if name in _IGNORED or name in (autocast.ENTER, autocast.EXIT):
-            graph.erase_node(node)
-        elif node.target in _DROPOUTS and not (node.args[1] and node.args[2]):  # its fake says that it copies
-            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
 

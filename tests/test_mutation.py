@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from torch import nn
+from torch.nn import functional as F
 
 from graphopt.capture import capture
 from graphopt.defaults import pipeline
@@ -327,6 +328,29 @@ def detached_written(x):
     return x
 
 
+def idle_dropout_of_intermediate_written(x, y):
+    z = x + 1
+    kept = F.dropout(z, 0.1, training=False)  # z itself
+    kept *= y
+    return kept, z * 2
+
+
+def idle_dropout_of_input_written(x):
+    F.dropout(x, 0.1, training=False).add_(1)
+    F.dropout(x.t()[1:], 0.0, training=True).mul_(3)  # nothing to drop
+    x.sub_(2)
+    return F.dropout(x[1], 0.1, training=False)
+
+
+def idle_dropouts_written(x):
+    F.alpha_dropout(x, 0.1, training=False).add_(1)
+    F.feature_alpha_dropout(x, 0.1, training=False).mul_(2)
+    torch.feature_dropout(x, 0.1, False).sub_(3)
+    F.rrelu(x, training=False).add_(100)  # a copy
+    F.dropout(x, 0.1, training=False, inplace=True).mul_(2)
+    return x + 1
+
+
 def out_argument(x, y):
     torch.add(x, 1, out=y)
     torch.mul(y, 2, out=x)
@@ -418,6 +442,9 @@ MUTATIONS = [
     (expanded_same_size_written, x34()),
     (contiguous_alias_written, x34()),
     (detached_written, x34()),
+    (idle_dropout_of_intermediate_written, x34(), x34()),
+    (idle_dropout_of_input_written, x34()),
+    (idle_dropouts_written, x34()),
     (out_argument, x34(), x34()),
     (random_in_place, x34()),
     (both_views_of_written, x34()),
@@ -455,6 +482,7 @@ SYMBOLIC = [
         masked_filled_view,
         copied_with_broadcast_and_cast,
     ),
+    *(idle_dropout_of_intermediate_written, idle_dropout_of_input_written, idle_dropouts_written),
 ]
 
 

@@ -107,6 +107,19 @@ def test_trace_is_pre_dispatch_and_without_gradients() -> None:
     assert all(isinstance(n.meta["val"], p.FakeTensor) for n in gm.graph.nodes if n.op == "call_function")
 
 
+@pytest.mark.parametrize("name", ["dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"])
+def test_a_dropout_that_drops_nothing_is_its_argument(name: str) -> None:
+    """As in eager; torch's own Python kernel of `aten.dropout` clones."""
+    op, mode = getattr(aten, name).default, p.new_fake_mode()
+    x = torch.randn(2, 3)
+    assert op(x, 0.1, False).data_ptr() == op(x, 0.0, True).data_ptr() == x.data_ptr()
+    fakes = p.faked([x], mode)
+    gm = p.trace(lambda x: (op(x, 0.1, False), op(x, 0.0, True), op(x, 0.1, True)), fakes, mode)
+    *_, output = gm.graph.nodes
+    idle, never, on = output.args[0]
+    assert idle is never and idle.op == "placeholder" and on.target is op
+
+
 def test_trace_inside_a_backend_keeps_apart() -> None:
     """A pattern may be traced while Dynamo compiles a model: two fake modes at once."""
 

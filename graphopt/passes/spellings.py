@@ -276,11 +276,6 @@ def dropped(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -
     return None
 
 
-def dropout(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """dropout(x, p, train=False) -> x"""
-    return s.generic(node, args, kwargs) if args[2] and args[1] else args[0]
-
-
 def _table() -> dict[object, Spelling]:
     table: dict[object, Spelling] = {operator.getitem: getitem}
 
@@ -299,7 +294,6 @@ def _table() -> dict[object, Spelling]:
         "positive",
     )
     row(dropped, "_assert_tensor_metadata")
-    row(dropout, "dropout", "feature_dropout", "alpha_dropout")
     table.update(dict.fromkeys(RESHAPES, reshape))
     row(reshape, "view_copy", "unsqueeze_copy")
     table.update(dict.fromkeys(PERMUTATIONS, permute))

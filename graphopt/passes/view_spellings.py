@@ -27,7 +27,7 @@ class Pieces(tuple[fx.Node, ...]):
 
 
 def identity(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """clone(x), contiguous(x), detach(x), dropout(x) in eval -> x"""
+    """clone(x), contiguous(x), detach(x) -> x"""
     return args[0]
 
 

@@ -67,8 +67,8 @@ RESHAPES = overloads(
 )
 # May return their argument as it is.
 SAME = overloads(
-    *("contiguous", "detach", "detach_", "alias", "lift_fresh", "positive", "dropout", "feature_dropout"),
-    *("to.dtype", "to.device", "to.dtype_layout", "to.other", "type_as", "alpha_dropout"),
+    *("contiguous", "detach", "detach_", "alias", "lift_fresh", "positive"),
+    *("to.dtype", "to.device", "to.dtype_layout", "to.other", "type_as"),
 )
 EXPANDS = overloads("expand", "expand_as", "broadcast_to")
 # Read from a storage at places of their own: meaningless on any other tensor than the one they were made of.
