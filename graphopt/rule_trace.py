@@ -280,7 +280,7 @@ def _may_be_name(value: object, points: list[Point]) -> bool:
 def _expression(values: tuple[object, ...], points: list[Point]) -> Symbolic | None:
     """The simplest expression of names that has these values at these points."""
     if isinstance(values[0], float):
-        candidates = _float_expressions([p.floats for p in points])
+        candidates = _float_expressions([p.floats for p in points], [p.sizes for p in points])
     else:
         candidates = _size_expressions([p.sizes for p in points], values)
     return next((c for c, results in candidates if results == list(values)), None)
@@ -315,8 +315,10 @@ def _size_expressions(
         yield Symbolic(f"{a} * {m} * {n}", (a, m, n)), at(lambda x, y, z: x * y * z, a, m, n)
 
 
-def _float_expressions(points: list[Mapping[str, float]]) -> Iterator[tuple[Symbolic, list[object]]]:
-    """f, -f, 1 / f, f * g and f / g."""
+def _float_expressions(
+    points: list[Mapping[str, float]], sizes: list[Mapping[str, int]]
+) -> Iterator[tuple[Symbolic, list[object]]]:
+    """f, -f, 1 / f, f * g, f / g, and f / n of a size n."""
 
     def at(function: Callable[..., float], *used: str) -> list[object]:
         return [function(*(p[n] for n in used)) for p in points]
@@ -328,3 +330,6 @@ def _float_expressions(points: list[Mapping[str, float]]) -> Iterator[tuple[Symb
     for f, h in itertools.permutations(points[0], 2):
         yield Symbolic(f"{f} * {h}", tuple(sorted((f, h)))), at(lambda x, y: x * y, f, h)
         yield Symbolic(f"{f} / {h}", tuple(sorted((f, h)))), at(lambda x, y: x / y, f, h)
+    for f, n in itertools.product(points[0], (n for n in sizes[0] if n.isidentifier())):
+        results: list[object] = [p[f] / s[n] for p, s in zip(points, sizes, strict=True)]
+        yield Symbolic(f"{f} / {n}", tuple(sorted((f, n)))), results

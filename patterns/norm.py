@@ -42,6 +42,12 @@ def bare_rms_norm(x: Tensor, eps: float) -> Tensor:
     return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+def unit_norm(x: Tensor, eps: float) -> Tensor:
+    """(x_fp32 * rsqrt(sum(x_fp32^2) + eps)).to(x.dtype): rows of length 1 (nGPT, Dory)"""
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
 def divided_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """weight * (x_fp32 / sqrt(mean(x_fp32^2) + eps)).to(x.dtype), or without a weight."""
     h = x.float()
@@ -95,6 +101,15 @@ def residual_layer_norm(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """s = x + residual; layer_norm(s), s"""
     total = x + residual
     return ops.layer_norm(total, None, None, 1e-6), total
+
+
+def _unit_norm(x: Tensor, eps: float) -> Tensor:
+    """The mean is the sum over n: with eps / n, what has a root mean square of 1 has the length sqrt(n)."""
+    n = x.shape[-1]
+    weight = torch.rsqrt(
+        torch.full((n,), n, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    )
+    return ops.rms_norm(x, weight, eps / n, 0.0, False)
 
 
 RMS = ("weight", "eps", "weight_offset", "cast_before_scale")
@@ -164,6 +179,7 @@ RULES = (
         weight=T("n", "W"),
         eps=_EPS,
     ),
+    rule(unit_norm, _unit_norm, x=T("... n"), eps=_EPS),
     rule(bare_rms_norm, lambda x, eps: ops.rms_norm(x, None, eps), x=T("... n"), eps=_EPS),
     rule(
         residual_rms_norm,

@@ -58,6 +58,25 @@ def test_a_type_is_right_and_has_lost_nothing(name: str) -> None:
     assert not lost([row], BASELINE)
 
 
+# Each with what made the whole graph refused once.
+ONCE_REFUSED = {
+    "mamba": "float32",  # vmap, of a scan
+    "jamba": "bfloat16",
+    "deepseek_v2": "bfloat16",  # a rope of complex numbers
+    "llama4_text": "float32",
+}
+
+
+@pytest.mark.parametrize("name", ONCE_REFUSED)
+def test_no_graph_is_refused(name: str) -> None:
+    row = examine(name, [getattr(torch, ONCE_REFUSED[name])], ["none"])
+    assert row.broken is None and row.right, (row.broken, row.runs)
+    for run in row.runs.values():
+        assert run.judged == run.graphs and not run.refused
+    for what in ("norm", "attention", "mlp", "rope"):
+        assert row.found(what) == row.there.get(what, 0), what
+
+
 def test_the_sample_sees_both_dtypes_and_paddings() -> None:
     assert set(SAMPLE.values()) >= {("float32", "none"), ("float32", "left"), ("bfloat16", "left")}
     assert len({kinds()[name].group for name in SAMPLE}) == 5
