@@ -126,7 +126,9 @@ def arguments(rule: Rule, at: Point, absent: Sequence[str] = ()) -> dict[str, ob
             found[name] = None
         elif isinstance(spec, T):
             below = at.sizes[spec.below] if spec.below else None
-            found[name] = _tensor(at.shape(spec), at.dtype(spec), random, below) * SCALES.get(name, 1)
+            found[name] = _tensor(at.shape(spec), at.dtype(spec), random, below)
+            if name in SCALES:
+                found[name] *= SCALES[name]  # type: ignore[operator]  # a tensor
         elif isinstance(spec, Float):
             found[name] = spec.sample * (1.0 + 0.0625 * (i + 1))  # exact in every dtype where the sample is
         elif isinstance(spec, Text):

@@ -47,6 +47,7 @@ UNFIRED = frozenset(
         # One expert a row: neither a reshape of ids nor a sum that says so; the rows' experts are found.
         ("batched_routing", "k is 1"),
         ("batched_routing_of_plain_experts", "k is 1"),
+        ("interleaved_heads", "g is 1"),
         ("repeated_heads", "g is 1"),  # nothing is repeated: the pattern is plain attention
         ("expanded_head", "h is 1"),
         ("unflattened_scores", "b is 1"),  # the shape is what it was
