@@ -46,6 +46,7 @@ class Context:
         deny: ids of matches that must not be applied.
         fuel: how many rewrites may still be applied; None is no bound. Counts down (for bisection).
         question: whose answer observers are told in full, with misses that are cut otherwise.
+        ids, named: how often each id was given in this run, and to which denied matches.
         ledger: told what each rewrite took away and made, for verification; None costs nothing.
     """
 
@@ -61,6 +62,8 @@ class Context:
     fuel: int | None = None
     question: Question | None = None
     ledger: Ledger | None = None
+    ids: dict[str, int] = field(default_factory=dict)
+    named: dict[tuple[str, fx.Node], str] = field(default_factory=dict)
     run: object = None  # set by a lowering: what executes the program instead of the graph module
 
 
@@ -144,6 +147,7 @@ class Pipeline:
         listener, tally = ReportObserver(), _Tally()
         inner = copy.copy(ctx)
         inner.observers = (*ctx.observers, listener, tally)
+        inner.ids, inner.named = {}, {}
         gm = torch_private.lazy_module(captured.gm, g.copy_graph(captured.gm.graph))
         gm.meta.update(captured.gm.meta)
         before = g.fingerprint(gm.graph)

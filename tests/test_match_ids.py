@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 
 from graphopt import defaults, ops
+from graphopt.capture import capture
+from graphopt.observe import Event, Matched
+from graphopt.options import Options
 from graphopt.pipeline import Pipeline
 from graphopt.rewrite import DENIED
 from graphopt.rule import T, rule
+from tests.models import zoo
 from tests.rewriting import Watch, canonical, rewritten
 
 SILU = rule(lambda x: x * torch.sigmoid(x), lambda x: ops.activation(x, "silu"), x=T("..."))
@@ -64,3 +68,27 @@ def test_a_masks_id_does_not_hang_on_other_rewrites() -> None:
         found.append([m.id for m in watch.matches])
     masks = [[i for i in ids if i.startswith("mask@")] for ids in found]
     assert len(masks[0]) == 1 and masks[0] == masks[1] and len(found[1]) < len(found[0])
+
+
+def test_a_rule_of_two_passes_gives_no_id_twice() -> None:
+    """Residual norms are recognised, and again when linears have been fused around them."""
+    program = capture(zoo.model("bert"), **zoo.inputs(zoo.model("bert"), zoo.Case()))
+    options = Options(target="cuda:90")
+    ctx, road = defaults.context(options), defaults.pipeline(options, until="fuse")
+    ids = [m.id for m in road.run(program, ctx)[1].matches]
+    seen: list[str] = []
+    ctx.observers = (Collector(seen),)
+    road.run(program, ctx)
+    assert any(i.startswith("residual_layer_norm@") and i.endswith("~2") for i in seen)
+    assert len(seen) == len(set(seen)) and set(seen) == set(ids)
+
+
+class Collector:
+    """Keeps the id of each match, as it is told."""
+
+    def __init__(self, ids: list[str]) -> None:
+        self.ids = ids
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, Matched):
+            self.ids.append(event.match.id)

@@ -37,15 +37,13 @@ class Fuse:
     def run(self, gm: fx.GraphModule, ctx: Context) -> None:
         """Edit `gm` in place."""
         packed = any(g.is_call(n, ops.linear_int8.overload) for n in gm.graph.nodes)
-        ids: dict[str, int] = {}
-        named: dict[tuple[str, fx.Node], str] = {}
         for stage in FUSIONS:
             rules = tuple(r for r in stage if packed or not _of_packed(r))
             watching = tuple(ctx.observers)
             rewriter = Rewriter(
                 gm, rules, canonicalize, watching, ctx.deny, ctx.fuel, ctx.question, ctx.ledger
             )
-            rewriter.ids, rewriter.named = ids, named  # a rule may stand in several stages
+            rewriter.ids, rewriter.named = ctx.ids, ctx.named  # a rule may stand in several stages
             rewriter.run()
             ctx.fuel = rewriter.fuel
         gm.recompile()

@@ -38,6 +38,7 @@ class Recognise:
         rewriter = Rewriter(
             gm, ctx.rules, canonicalize, watching, ctx.deny, ctx.fuel, ctx.question, ctx.ledger
         )
+        rewriter.ids, rewriter.named = ctx.ids, ctx.named  # a rule may stand in a later pass, too
         rewriter.run()
         ctx.fuel = rewriter.fuel
         report_products(gm, ctx.observers)
