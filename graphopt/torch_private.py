@@ -231,6 +231,12 @@ def more_compilations(limit: int) -> dict[str, object]:
     return {"recompile_limit": limit} if "recompile_limit" in known else {}
 
 
+def own_compilations() -> dict[str, object]:
+    """Arguments of `torch.compile` that keep its compilations apart; {} where torch < 2.13 has none."""
+    known = inspect.signature(torch.compile).parameters
+    return {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+
+
 def compiler_name() -> str | None:
     """The name of the backend for which Dynamo is tracing; None where it is not tracing."""
     from torch._dynamo.symbolic_convert import InstructionTranslator

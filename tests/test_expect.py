@@ -48,7 +48,7 @@ def test_a_shortfall_raises_before_anything_runs_with_the_near_misses() -> None:
     ) as e:
         compiled(reads_scores, *QKV, expect={"attention": 1})
     text = str(e.value)
-    assert "near miss: softmax_attention at " in text and "softmax" in text
+    assert "near miss: weighted_values at " in text and "softmax" in text
     assert len(backend.reports()) == 1
 
 

@@ -16,6 +16,7 @@ from torch import nn
 import graphopt
 from graphopt import backend
 from graphopt.tools import demo_models
+from graphopt.tools.zoo.weights import fill
 from tests.block import agree
 from tests.generating import clean
 from tests.models import encoder, zoo
@@ -63,7 +64,7 @@ def bert(kind: type[nn.Module], **fields: object) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = kind(config).eval().requires_grad_(False)
-        zoo.fill_weights(model, 0.0)
+        fill(model)
     model.base_model.load_state_dict(trunk.base_model.state_dict(), strict=False)
     return model
 

@@ -364,6 +364,12 @@ def test_more_compilations_are_arguments_of_compile() -> None:
     assert torch.compile(lambda x: x + 1, backend="eager", **arguments)(torch.ones(1)) == 2
 
 
+def test_own_compilations_are_arguments_of_compile() -> None:
+    arguments = p.own_compilations()
+    assert arguments in ({}, {"isolate_recompiles": True})
+    assert torch.compile(lambda x: x + 1, backend="eager", **arguments)(torch.ones(1)) == 2
+
+
 def test_constant_while_tracing_is_not_traced() -> None:
     asked: list[int] = []
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 import graphopt.defaults as defaults
+from graphopt import torch_private
 from graphopt.capture import Captured, capture, from_dynamo
 from graphopt.errors import CaptureRefused, OptionError
 from graphopt.expect import check_expected
@@ -105,9 +106,13 @@ def captured(
             found.append(from_dynamo(gm, examples))
             raise _Stop
 
+        # To look is not to compile: what the process has compiled before must not end it. Decorated models
+        # share one function, so even other models count.
+        more = torch_private.own_compilations()
+        looked = torch.compile(model, backend=hand_over, fullgraph=True, dynamic=dynamic, **more)  # type: ignore[call-overload]
         try:
             with torch.no_grad():
-                torch.compile(model, backend=hand_over, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
+                looked(*args, **kwargs)
         except Exception:  # Dynamo's own, or ours through Dynamo
             if not found:
                 raise refused from None

@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 from graphopt.accuracy import raise_to_fp64
+from graphopt.tools.zoo.weights import fill
 from tests.models import zoo
 
 LENGTH = 9
@@ -63,17 +64,16 @@ def _bart() -> object:
 
 @dataclass(frozen=True)
 class Kind:
-    """How a model is configured; `offset` is its norms' constant: they scale by it + weight."""
+    """How a model is configured."""
 
     config: Callable[[], object]
     pair: bool = False  # of an encoder and a decoder
-    offset: float = 0.0
 
 
 KINDS: Mapping[str, Kind] = {
     "llama": Kind(_llama),
     "mistral": Kind(_mistral),
-    "gemma3": Kind(_gemma3, offset=1.0),
+    "gemma3": Kind(_gemma3),
     "t5": Kind(_t5, pair=True),
     "bart": Kind(_bart, pair=True),
     "falcon": Kind(_falcon),  # one that takes an input of no tokens
@@ -87,7 +87,7 @@ def build(name: str, seed: int = 1) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         built = auto.from_config(kind.config()).eval().requires_grad_(False)
-        zoo.fill_weights(built, kind.offset)
+        fill(built)
     for parameter in built.parameters():
         parameter.data = parameter.data.bfloat16().float()
     return built

@@ -11,7 +11,7 @@ from graphopt import journal
 from graphopt.errors import OptionError
 from graphopt.observe import Event, PassEnded
 from graphopt.report import Report
-from graphopt.tools.explain import explain, road, stages
+from graphopt.tools.explain import captured, explain, road, stages
 from graphopt.tools.snapshots import Snapshots, snapshot
 from tests.sketch import Sketch
 
@@ -89,3 +89,31 @@ def test_the_journal_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     lines = [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
     assert lines[0]["event"] == "PassStarted" and lines[-1]["event"] == "PassEnded"
     assert "w:up.weight" in (directory / "00-captured.txt").read_text()
+
+
+class Cache:
+    """What torch.export refuses as an input, as it does the library's static caches."""
+
+    def __init__(self, size: int) -> None:
+        self.keys = torch.zeros(size, 12)
+
+
+class Cached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(12, 20)
+
+    def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
+        return self.up(x + cache.keys.sum(0))
+
+
+def test_a_function_that_torch_compiles_no_more_can_be_looked_at() -> None:
+    """Dynamo's limit for one function is 8, and a library's decorated models share one function."""
+    torch.compiler.reset()
+    model = Cached().eval()
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    with torch.no_grad():
+        for size in range(2, 12):
+            compiled(torch.randn(size, 12), Cache(size))
+    found = captured(model, (torch.randn(20, 12), Cache(20)), {}, dynamic=False)
+    assert any(n.target is aten.linear.default for n in found.gm.graph.nodes)
