@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,8 @@ from graphopt.tools.zoo.sizes import SIZES_OF
 from graphopt.tools.zoo.table import details, lost, miscounted, read, table, totals, write, wrong
 from graphopt.tools.zoo.weights import fill, in_dtype, scale
 from graphopt.tools.zoo.workers import Worker, examined
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # ------------------------------------------------------------------------------------------------ shrink
 
@@ -390,11 +393,17 @@ def test_a_process_examines_types_and_survives_a_dead_one(tmp_path: Path) -> Non
     assert row.broken == "not done in 0 s"
 
 
+def started(words: list[str]) -> subprocess.CompletedProcess[str]:
+    """The command as a user starts it: a process of its own, with its own streams."""
+    command = [sys.executable, "-m", "graphopt.tools.cli", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+
 def test_the_command_writes_compares_and_fails(tmp_path: Path) -> None:
     full, golden = tmp_path / "zoo.json", tmp_path / "golden.json"
     words = ["zoo", "vit", "--dtype", "float32", "--json", str(full), "--golden", str(golden), "--update"]
-    done = CliRunner().invoke(cli.app, words)
-    assert done.exit_code == 0, done.output
+    done = started(words)
+    assert done.returncode == 0, done.stderr
     assert "1 types, 1 built, 1 right" in done.stdout
     (row,) = read(full)
     assert (
@@ -407,8 +416,8 @@ def test_the_command_writes_compares_and_fails(tmp_path: Path) -> None:
     write([row], full, {})
     golden.write_text(json.dumps({"vit": {**row.there}}))
     words = ["zoo", "vit", "--dtype", "float32", "--baseline", str(full), "--golden", str(golden)]
-    done = CliRunner().invoke(cli.app, words)
-    assert done.exit_code == 1 and "an eager run counts" in done.output
+    done = started(words)
+    assert done.returncode == 1 and "an eager run counts" in done.stderr, done.stderr
 
 
 def test_an_unknown_type_is_named() -> None:
