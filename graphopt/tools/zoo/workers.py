@@ -35,6 +35,7 @@ class Worker:
     process: subprocess.Popen[str] | None = field(default=None, init=False)
     taken: int = field(default=0, init=False)
     errors: IO[str] | None = field(default=None, init=False)
+    lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def examine(self, task: dict[str, object]) -> Row:
         """The row of the task's type; where the process dies or is too slow, a row that says so."""
@@ -78,14 +79,16 @@ class Worker:
         return f"status {status}" + (f", {said[-1][:200]}" if said else "")
 
     def close(self) -> None:
-        """End the process."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-        if self.errors is not None:
-            self.errors.close()
-        self.taken = 0
+        """End the process; by whom of several threads, and how often, is the same."""
+        with self.lock:
+            process, self.process = self.process, None
+            errors, self.errors = self.errors, None
+            self.taken = 0
+        if process is not None:
+            process.kill()
+            process.wait()
+        if errors is not None:
+            errors.close()
 
 
 def examined(tasks: Sequence[dict[str, object]], workers: Sequence[Worker]) -> Iterator[Row]:
