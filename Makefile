@@ -3,7 +3,7 @@
 # make check   lint and type check
 # make fuzz    random programs against eager: SECONDS=600 SEED=1000
 # make bench   benchmarks, and the README's tables from them
-# make zoo     all model types of transformers (an hour); fails where fewer are right or recognised than before
+# make zoo     all model types of transformers, in two dtypes (long); fails where fewer are right or recognised than before
 # make drift   the sample of the zoo under another version of transformers, too (DRIFT=5.17.0)
 
 # Torch goes in first and by its exact version: without one, pip may choose a build with several GB of CUDA packages.
