@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,7 @@ TOKENS = 7
 def clean() -> Iterator[None]:
     """No compiled code, prepared weights or reports of other tests; nothing stays on the shared models."""
     torch.compiler.reset()
+    gc.collect()  # Models of other tests, whose prepared weights end with them.
     backend.STORE.refresh()
     backend.clear_reports()
     yield

@@ -221,8 +221,8 @@ def main(folder: str, *jobs: str) -> None:
     for job in jobs:
         result = JOBS[job](dist.get_world_size())
         Path(folder, f"{job}{dist.get_rank()}.json").write_text(json.dumps(result))
-    if "left_alone" not in jobs:
-        dist.destroy_process_group()
+    # gloo's threads take Python's lock when they drop their tensors: at Python's own end that would abort.
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def test_offloaded_weights_come_and_go(
     with torch.no_grad():
         eager = model(**given, use_cache=False).logits
     ours = how(offload(model))
-    entries = len(list(backend.STORE.entries()))
+    before = [entry for _, entry in backend.STORE.entries()]
     # As many compilations as accelerate's one wrapper of all modules takes.
     with torch._dynamo.config.patch(recompile_limit=64), torch.no_grad():
         check("llama", ours(**given, use_cache=False).logits, eager)
@@ -107,9 +107,9 @@ def test_offloaded_weights_come_and_go(
             check("llama", ours(**given, use_cache=False).logits, eager)
     assert any(p.device.type == "meta" for p in model.parameters()), "gone again"
     assert reports and not [r.fallback for r in reports if r.fallback]
-    assert counts["graphs"] == 0 and len(list(backend.STORE.entries())) == entries, (
-        "what was prepared went too"
-    )
+    assert counts["graphs"] == 0
+    left = [entry for _, entry in backend.STORE.entries() if not any(entry is x for x in before)]
+    assert not left, "what was prepared went too"
     if offload is whole_layers:
         (layer,) = (r for r in reports if r.counts.get("attention"))
         assert layer.counts["rope"] == layer.counts["gated_activation"] == 1, "one graph for both layers"
