@@ -80,13 +80,16 @@ def _zoo(
     tasks: list[dict[str, object]] = [
         {"type": t, "group": known[t].group, "dtypes": dtypes, "paddings": list(PADDINGS)} for t in asked
     ]
-    rows = collect(tasks, [Worker(limit=limit) for _ in range(jobs)], _progress(len(tasks)))
-    rows.sort(key=lambda row: asked.index(row.type))
+    workers, progress, rows = [Worker(limit=limit) for _ in range(jobs)], _progress(len(tasks)), []
+    for row in examined(tasks, workers):
+        rows = sorted([*rows, row], key=lambda row: asked.index(row.type))
+        progress(row)
+        # After each: an hour's work is not lost with the last type.
+        for path, written in ((full, rows), (short, [row.short() for row in rows])):
+            if path:
+                write(written, path, machine())
     Console().print(table(rows))
     typer.echo("\n".join(details(rows)))
-    for path, written in ((full, rows), (short, [row.short() for row in rows])):
-        if path:
-            write(written, path, machine())
     if golden and update:
         update_golden(rows, golden)
     if drift:
@@ -98,17 +101,6 @@ def _zoo(
     if faults:
         typer.echo("\n".join(faults), err=True)
         raise typer.Exit(1)
-
-
-def collect(
-    tasks: Sequence[dict[str, object]], workers: Sequence[Worker], say: Callable[[Row], None]
-) -> list[Row]:
-    """The rows of tasks, each told as it is done."""
-    rows = []
-    for row in examined(tasks, workers):
-        say(row)
-        rows.append(row)
-    return rows
 
 
 def update_golden(rows: Sequence[Row], path: Path) -> None:
@@ -125,13 +117,16 @@ def machine() -> dict[str, str]:
 
 
 def _progress(number: int) -> Callable[[Row], None]:
-    """Tells each row on the errors, where somebody looks on."""
+    """Tells each row on the errors: on one line at a terminal, line by line in a file."""
     done = 0
 
     def say(row: Row) -> None:
         nonlocal done
         done += 1
+        text = f"{done}/{number} {row.type}"
         if sys.stderr.isatty():
-            typer.echo(f"\r{done}/{number} {row.type:<40}", nl=done == number, err=True)
+            typer.echo(f"\r{text:<48}", nl=done == number, err=True)
+        else:
+            typer.echo(text, err=True)
 
     return say
