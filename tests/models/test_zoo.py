@@ -15,7 +15,8 @@ import torch
 from graphopt.tools.zoo.build import kinds, tiny_model
 from graphopt.tools.zoo.census import watching
 from graphopt.tools.zoo.inputs import example
-from graphopt.tools.zoo.run import examine
+from graphopt.tools.zoo.row import TOKENS
+from graphopt.tools.zoo.run import WRITERS, examine
 from graphopt.tools.zoo.table import lost, miscounted, read
 
 GOLDEN: dict[str, dict[str, int]] = json.loads((Path(__file__).parent / "golden_zoo.json").read_text())
@@ -53,7 +54,9 @@ def test_a_type_is_right_and_has_lost_nothing(name: str) -> None:
     assert row.broken is None, row.broken
     assert name in GOLDEN and not miscounted([row], GOLDEN)
     assert row.right, row.runs
-    assert list(row.runs) == [f"{dtype} {padding}"]
+    assert list(row.runs) == [f"{dtype} {padding}"] and row.undecoded is None
+    assert (row.decoded is not None) == (dtype == "float32" and row.group in WRITERS)
+    assert row.decoded is None or row.decoded.tokens == TOKENS * 3
     assert any(before.type == name for before in BASELINE)
     assert not lost([row], BASELINE)
 

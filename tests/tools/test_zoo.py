@@ -19,11 +19,11 @@ from graphopt import backend
 from graphopt.errors import OptionError
 from graphopt.tools import cli
 from graphopt.tools.zoo import drift, run
-from graphopt.tools.zoo.build import build, kinds, tiny_config, zoo_types
+from graphopt.tools.zoo.build import build, kinds, tiny_config, tiny_model, zoo_types
 from graphopt.tools.zoo.census import normalises, watching
 from graphopt.tools.zoo.command import update_golden
 from graphopt.tools.zoo.inputs import example, padding_mask
-from graphopt.tools.zoo.row import Row, Run
+from graphopt.tools.zoo.row import TOKENS, Row, Run
 from graphopt.tools.zoo.shrink import HEAD_DIM, VOCABULARY, shrink
 from graphopt.tools.zoo.sizes import SIZES_OF
 from graphopt.tools.zoo.table import details, lost, miscounted, read, table, totals, write, wrong
@@ -293,6 +293,57 @@ def test_a_refused_graph_is_named_and_not_judged() -> None:
     assert found.refused and found.handed_back == found.graphs == 1 and found.judged == 0
 
 
+@pytest.fixture(scope="module")
+def writer() -> nn.Module:
+    return tiny_model("gpt2")
+
+
+def decoded(model: nn.Module) -> Row:
+    row = Row("gpt2", "causal LM")
+    with torch.no_grad():
+        run._decode(row, model)
+    torch.compiler.reset()
+    assert model._compiled_call_impl is None
+    return row
+
+
+def test_greedy_tokens_are_compared_and_each_call_is_judged(writer: nn.Module) -> None:
+    row = decoded(writer)
+    assert row.decoded is not None and row.decoded.right and row.undecoded is None
+    assert row.decoded.graphs == row.decoded.judged == TOKENS
+    assert row.decoded.tokens == TOKENS * 3, "of each row of the prompt"
+    assert row.decoded.found["attention"] == TOKENS * 2, "layers"
+
+
+def test_another_greedy_token_is_wrong(writer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = backend.graphopt
+
+    def negated(gm: torch.fx.GraphModule, examples: list[object], **kwargs: object) -> Callable[..., object]:
+        inner = real(gm, examples, **kwargs)  # type: ignore[arg-type]
+        return lambda *args: tuple(-x if x.shape[-1] > 64 else x for x in inner(*args))  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(backend, "graphopt", negated)
+    row = decoded(writer)
+    assert row.decoded is not None and any(text.startswith("greedy tokens") for text in row.decoded.wrong)
+    assert row.decoded.tokens < TOKENS * 3
+    assert any("float32 decoded" in text for text in wrong([row]))
+
+
+def test_what_eager_cannot_decode_is_told(writer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**given: object) -> torch.Tensor:
+        raise ValueError("no tokens here")
+
+    monkeypatch.setattr(writer, "generate", refuse)
+    row = decoded(writer)
+    assert row.decoded is None and row.undecoded == "ValueError: no tokens here"
+    assert details([row]) == ["gpt2 (float32): not decoded, for eager raises ValueError: no tokens here"]
+
+
+def test_what_a_cache_loses_is_told() -> None:
+    row = a_row(decoded=Run(graphs=2, judged=2, found={"norm": 3}))
+    assert details([row]) == ["llama: decoding recognises less: norm 3 of 4"]
+
+
 def test_what_fails_to_build_is_a_row() -> None:
     row = run.examine("gemma4_assistant" if "gemma4_assistant" in kinds() else "vibevoice", [torch.float32])
     assert row.broken and not row.right
@@ -311,7 +362,7 @@ def a_row(norms: int = 2, **changes: object) -> Row:
 
 
 def test_rows_are_kept_in_json(tmp_path: Path) -> None:
-    rows = [a_row(), Row("x", "causal LM", broken="no")]
+    rows = [a_row(decoded=Run(graphs=2, tokens=6)), Row("x", "causal LM", broken="no", undecoded="no head")]
     write(rows, tmp_path / "zoo.json", {"torch": "2"})
     assert read(tmp_path / "zoo.json") == tuple(rows)
     (tmp_path / "odd.json").write_text("[]")

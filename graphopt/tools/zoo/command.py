@@ -80,7 +80,8 @@ def _zoo(
     tasks: list[dict[str, object]] = [
         {"type": t, "group": known[t].group, "dtypes": dtypes, "paddings": list(PADDINGS)} for t in asked
     ]
-    workers, progress, rows = [Worker(limit=limit) for _ in range(jobs)], _progress(len(tasks)), []
+    workers, progress = [Worker(limit=limit) for _ in range(jobs)], _progress(len(tasks))
+    rows: list[Row] = []
     for row in examined(tasks, workers):
         rows = sorted([*rows, row], key=lambda row: asked.index(row.type))
         progress(row)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
+TOKENS = 2  # of a decoding: one from the prompt's call, one from a call with the cache
+
 
 @dataclass
 class Run:
@@ -20,12 +22,14 @@ class Run:
         misses: rule -> its nearest miss, of the rules that came furthest.
         judged: how many graphs ran beside their fp64 oracle.
         handed_back: how many graphs graphopt refused as a whole: the original runs.
+        tokens: of a greedy decoding, the tokens that are equal to eager's.
     """
 
     graphs: int = 0
     recompiled: int = 0
     judged: int = 0
     handed_back: int = 0
+    tokens: int = 0
     found: dict[str, int] = field(default_factory=dict)
     unmatched: dict[str, float] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
@@ -41,20 +45,32 @@ class Run:
 
 @dataclass
 class Row:
-    """One type: why it could not be built or run in eager, or what is there and what each run found."""
+    """One type: why it could not be built or run in eager, or what is there and what each run found.
+
+    Attributes:
+        decoded: a greedy decoding of a padded prompt in fp32, with the type's own cache: `generate`, whose
+            first call is the prompt and each further call a token. Its counts are those of all calls.
+        undecoded: why a type that writes text was not decoded: what eager raises.
+    """
 
     type: str
     group: str
     broken: str | None = None
     there: dict[str, int] = field(default_factory=dict)
     runs: dict[str, Run] = field(default_factory=dict)
+    decoded: Run | None = None
+    undecoded: str | None = None
     seconds: float = 0.0
     """CPU time, all runs together."""
 
     @property
     def right(self) -> bool:
         """Whether it builds and all runs are right."""
-        return self.broken is None and bool(self.runs) and all(run.right for run in self.runs.values())
+        return self.broken is None and bool(self.runs) and all(run.right for run in self.every().values())
+
+    def every(self) -> dict[str, Run]:
+        """All runs by their names, the decoding too."""
+        return self.runs | ({"float32 decoded": self.decoded} if self.decoded else {})
 
     def found(self, what: str) -> int:
         """How many of a kind every run recognised, no more than there are."""
@@ -76,18 +92,25 @@ class Row:
         whole.handed_back = max(run.handed_back for run in runs)
         if self.right:
             whole.judged = whole.graphs - whole.handed_back
-        return replace(self, runs={" / ".join(self.runs): whole})
+        decoded = replace(self.decoded, matched={}, misses={}) if self.decoded else None
+        return replace(self, runs={" / ".join(self.runs): whole}, decoded=decoded)
 
     def to_dict(self) -> dict[str, object]:
         """The row as plain values, without those that are empty; `from_dict` reads it back."""
         values = {key: value for key, value in asdict(self).items() if value}
         for name, run in values.get("runs", {}).items():
             values["runs"][name] = {key: value for key, value in run.items() if value}
+        if "decoded" in values:
+            values["decoded"] = {key: value for key, value in values["decoded"].items() if value}
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Row:
         """The row that `to_dict` gave."""
-        runs = values.get("runs", {})
-        assert isinstance(runs, dict)
-        return cls(**{**values, "runs": {k: Run(**v) for k, v in runs.items()}})  # type: ignore[arg-type]
+        runs, decoded = values.get("runs", {}), values.get("decoded")
+        assert isinstance(runs, dict) and (decoded is None or isinstance(decoded, dict))
+        made = {
+            "runs": {k: Run(**v) for k, v in runs.items()},
+            "decoded": Run(**decoded) if decoded else None,
+        }
+        return cls(**{**values, **made})  # type: ignore[arg-type]

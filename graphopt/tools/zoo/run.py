@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -19,17 +20,28 @@ from graphopt.report import Report
 from graphopt.rewrite import Refusal
 from graphopt.tools.zoo.build import kinds, tiny_model
 from graphopt.tools.zoo.census import OPS_OF, expected_counts, recognised_counts
-from graphopt.tools.zoo.inputs import example
-from graphopt.tools.zoo.row import Row, Run
+from graphopt.tools.zoo.inputs import FIRST_TOKEN, example
+from graphopt.tools.zoo.row import TOKENS, Row, Run
 from graphopt.tools.zoo.weights import in_dtype
 
 PADDINGS = ("none", "left")
 MISSES = 16  # kept of a run, the nearest
 LONG = 300  # characters of an error that are kept
+WRITERS = frozenset({"causal LM", "encoder-decoder", "speech"})  # groups of types that may `generate`
 
 
-def examine(model_type: str, dtypes: Sequence[torch.dtype], paddings: Sequence[str] = PADDINGS) -> Row:
-    """The row of a type; raises nothing: what fails is in it."""
+def examine(
+    model_type: str,
+    dtypes: Sequence[torch.dtype],
+    paddings: Sequence[str] = PADDINGS,
+    *,
+    decoding: bool = True,
+) -> Row:
+    """The row of a type; raises nothing: what fails is in it.
+
+    Args:
+        decoding: in fp32, decode some tokens too, where the type writes text.
+    """
     row = Row(model_type, kinds()[model_type].group)
     started = time.process_time()
     with warnings.catch_warnings():
@@ -42,6 +54,8 @@ def examine(model_type: str, dtypes: Sequence[torch.dtype], paddings: Sequence[s
                 if dtype != torch.float32:
                     in_dtype(model, dtype)
                 _runs(row, model, dtype, paddings)
+                if decoding and dtype == torch.float32 and _writes(row, model):
+                    _decode(row, model)
         except Exception as error:
             row.broken = _told(error)
     row.seconds = round(time.process_time() - started, 2)
@@ -75,6 +89,44 @@ def _run(
         beside.run.wrong.append(_told(error))
         beside.run.graphs = beside.run.graphs or len(beside.reports)
     return beside.finished()
+
+
+def _writes(row: Row, model: torch.nn.Module) -> bool:
+    """Whether a type gives tokens by `generate`."""
+    can = getattr(model, "can_generate", None)
+    return row.group in WRITERS and can is not None and can()
+
+
+def _decode(row: Row, model: Any) -> None:  # a class of transformers, which has no types
+    """Greedy tokens of a padded prompt by the model's own `generate`, in eager and compiled."""
+    given = example(model, padding="left")
+    given.pop("decoder_input_ids", None)
+    arguments = dict(
+        given, do_sample=False, num_beams=1, max_new_tokens=TOKENS, min_new_tokens=TOKENS, use_cache=True
+    )
+    if model.config.is_encoder_decoder and model.generation_config.decoder_start_token_id is None:
+        arguments["decoder_start_token_id"] = FIRST_TOKEN
+    try:
+        expected = model.generate(**arguments)
+    except Exception as error:
+        row.undecoded = _told(error)
+        return
+    torch.compiler.reset()
+    beside = Beside(torch.float32, given.get("attention_mask"))
+    row.decoded = beside.run
+    model.compile(backend=beside, dynamic=False)
+    try:
+        tokens = model.generate(**arguments)
+    except Exception as error:
+        beside.run.wrong.append(_told(error))
+    else:
+        beside.run.tokens = int((tokens[:, -TOKENS:] == expected[:, -TOKENS:]).sum())
+        if not torch.equal(tokens, expected):
+            beside.run.wrong.append(f"greedy tokens {tokens.tolist()}, eager's are {expected.tolist()}")
+    finally:
+        model._compiled_call_impl = None
+    beside.run.graphs = len(beside.reports)
+    beside.finished()
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphopt.errors import OptionError
-from graphopt.tools.zoo.row import Row
+from graphopt.tools.zoo.row import TOKENS, Row
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,7 +44,7 @@ def table(rows: Sequence[Row]) -> Table:
 def _verdict(row: Row) -> str:
     if not row.right:
         return "[bold red]no[/]"
-    return "as written" if any(run.handed_back for run in row.runs.values()) else "yes"
+    return "as written" if any(run.handed_back for run in row.every().values()) else "yes"
 
 
 def _fraction(row: Row, what: str) -> str:
@@ -59,17 +59,32 @@ def details(rows: Iterable[Row]) -> list[str]:
     lines = []
     for row in rows:
         said: dict[str, list[str]] = {}
-        for name, run in row.runs.items():
+        for name, run in row.every().items():
             for kind, texts in (("wrong", run.wrong), ("not ours", run.refused)):
                 for text in texts:
                     said.setdefault(f"{kind}: {text}", []).append(name)
             if run.recompiled:
                 said.setdefault(f"compiled again at an equal call: {run.recompiled} graphs", []).append(name)
+        if row.undecoded:
+            said[f"not decoded, for eager raises {row.undecoded}"] = ["float32"]
         lines += [f"{row.type} ({', '.join(names)}): {text}" for text, names in said.items()]
         short = [what for what in SHOWN if row.found(what) < row.there.get(what, 0)]
         if short:
             lines += [f"{row.type}: short of {', '.join(short)}; nearest misses:", *_near(row)]
+        lines += _short_decoding(row)
     return lines
+
+
+def _short_decoding(row: Row) -> list[str]:
+    """What the calls of a decoder without an encoder recognise less than the same calls without a cache."""
+    if row.decoded is None or row.group != "causal LM":
+        return []
+    less = [
+        f"{what} {found} of {TOKENS * row.found(what)}"
+        for what in SHOWN
+        if (found := row.decoded.found.get(what, 0)) < TOKENS * row.found(what)
+    ]
+    return [f"{row.type}: decoding recognises less: {', '.join(less)}"] if less else []
 
 
 def _near(row: Row) -> list[str]:
@@ -84,11 +99,13 @@ class Totals:
     types: int
     built: int
     right: int
+    decoded: int
     kinds: Mapping[str, tuple[int, int]]
 
     def __str__(self) -> str:
         parts = [f"{what} {_percent(*self.kinds[what])}" for what in SHOWN]
-        return f"{self.types} types, {self.built} built, {self.right} right; recognised: {', '.join(parts)}"
+        types = f"{self.types} types, {self.built} built, {self.right} right, {self.decoded} decoded"
+        return f"{types}; recognised: {', '.join(parts)}"
 
 
 def _percent(found: int, there: int) -> str:
@@ -102,7 +119,8 @@ def totals(rows: Sequence[Row]) -> Totals:
         for what in SHOWN
     }
     built = [row for row in rows if row.broken is None]
-    return Totals(len(rows), len(built), sum(row.right for row in rows), kinds)
+    decoded = sum(row.decoded is not None and row.decoded.right for row in rows)
+    return Totals(len(rows), len(built), sum(row.right for row in rows), decoded, kinds)
 
 
 # --------------------------------------------------------------------------------------------- comparing
@@ -125,7 +143,7 @@ def read(path: Path) -> tuple[Row, ...]:
 
 def wrong(rows: Iterable[Row]) -> list[str]:
     """The types with a wrong result, or an exception at run time, with what is wrong."""
-    return [f"{row.type} ({name}) is wrong: {text}" for row in rows for name, run in row.runs.items()
+    return [f"{row.type} ({name}) is wrong: {text}" for row in rows for name, run in row.every().items()
             for text in run.wrong]  # fmt: skip
 
 
@@ -150,7 +168,7 @@ def lost(rows: Iterable[Row], baseline: Iterable[Row]) -> list[str]:
 
 
 def _faults(row: Row) -> list[str]:
-    return [text for run in row.runs.values() for text in (*run.wrong, *run.refused)] or ["not judged"]
+    return [text for run in row.every().values() for text in (*run.wrong, *run.refused)] or ["not judged"]
 
 
 def miscounted(rows: Iterable[Row], golden: Mapping[str, Mapping[str, int]]) -> list[str]:
