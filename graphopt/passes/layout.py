@@ -12,7 +12,7 @@ from graphopt.aliasing import viewed
 aten = torch.ops.aten
 
 # Calls whose meaning depends on their input's strides: where one occurs, no layout change is dropped.
-STRIDE_SENSITIVE = frozenset({aten.as_strided.default, aten.view.dtype})
+STRIDE_SENSITIVE = frozenset({aten.view.dtype})
 # Calls that only lay out memory: dropped, but for the memory of an output that is not dense.
 LAYOUTS = frozenset({aten.clone.default, aten.contiguous.default, aten._to_copy.default})
 

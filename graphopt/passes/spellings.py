@@ -20,6 +20,7 @@ from graphopt import torch_private
 from graphopt.passes.view_spellings import (
     Result,
     Spelling,
+    as_strided,
     cast,
     expand,
     getitem,
@@ -303,6 +304,7 @@ def _table() -> dict[object, Spelling]:
     row(narrow, "narrow")
     row(select, "select.int")
     row(view_as_complex, "view_as_complex")
+    row(as_strided, "as_strided")
     row(pieces, "split.Tensor", "split.sizes", "split_with_sizes", "chunk", "tensor_split.sections")
     row(unbind, "unbind.int")
     row(cast, "to.dtype", "to.device", "to.dtype_layout", "to.other", "type_as", "_to_copy")

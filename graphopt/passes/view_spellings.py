@@ -9,6 +9,8 @@ import torch
 from torch import fx
 
 from graphopt import graph as g
+from graphopt.errors import CaptureRefused
+from graphopt.passes.layout import dim_order
 from graphopt.passes.views import PERMUTATIONS
 
 if TYPE_CHECKING:
@@ -91,6 +93,53 @@ def view_as_complex(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, ob
     assert old is not None
     parts = [s.emit(aten.select.int, (x, -1, i), {}, old.select(-1, i), node) for i in (0, 1)]
     return s.emit(aten.complex.default, tuple(parts), {}, g.val(node), node)
+
+
+def as_strided(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+    """as_strided(x, sizes, strides) -> slices, reshapes and unfolds of x's elements as eager stores them
+
+    What passes make of x may lie in memory otherwise: a merged linear's piece has other strides.
+
+    Raises:
+        CaptureRefused: x is not dense, or reads outside of it; a size is not fixed.
+    """
+    old = g.tensor(node.args[0])  # type: ignore[arg-type]  # a node: its row of the schema
+    assert old is not None
+    order, (sizes, strides, offset) = dim_order(old), args[1:4]
+    numbers = [*old.shape, *sizes, *strides, 0 if offset is None else offset]
+    if order is None or not all(isinstance(n, int) for n in numbers) or 0 in sizes:
+        raise CaptureRefused(
+            f"{node.name} (as_strided) reads the memory of a tensor of strides {tuple(old.stride())} and "
+            f"shape {tuple(old.shape)}; known are dense tensors of fixed sizes"
+        )
+    start = 0 if offset is None else offset - old.storage_offset()
+    end = start + 1 + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
+    if start < 0 or end > old.numel():
+        raise CaptureRefused(
+            f"{node.name} (as_strided) reads elements {start} to {end - 1} of a tensor that has {old.numel()}"
+        )
+    value = old.permute(order)
+    x = s.permute(args[0], order, value, node)
+    value = value.reshape(-1)
+    x, value = s.reshape(x, value, node), value[start:end]
+    x = s.slice(x, 0, start, end, 1, value, node)
+    steps = [(n, step) for n, step in zip(sizes, strides, strict=True) if n > 1 and step > 0]
+    for i, (n, step) in enumerate(steps):
+        inner = 1 + sum((m - 1) * smaller for m, smaller in steps[i + 1 :])
+        last, rank = (n - 1) * step + inner, value.dim()
+        value = value.narrow(-1, 0, last)
+        x = s.slice(x, rank - 1, 0, last, 1, value, node)
+        if inner == step:
+            value = value.reshape(*value.shape[:-1], n, inner)
+            x = s.reshape(x, value, node)
+        else:
+            value = value.unfold(-1, inner, step)
+            x = s.emit(aten.unfold.default, (x, -1, inner, step), {}, value, node)
+    value = value.reshape([n if step else 1 for n, step in zip(sizes, strides, strict=True)])
+    x, wide = s.reshape(x, value, node), value.expand(sizes)
+    if 0 not in strides:
+        return x
+    return s.emit(aten.expand.default, (x, list(sizes)), {"implicit": False}, wide, node)
 
 
 def pieces(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:

@@ -10,6 +10,7 @@ from torch import fx, nn
 from graphopt import graph as g
 from graphopt import torch_private
 from graphopt.capture import Captured, capture
+from graphopt.errors import CaptureRefused
 from graphopt.passes.canonicalize import Canonicalize, canonicalize
 from graphopt.passes.layout import dim_order
 from graphopt.pipeline import Context, Pipeline
@@ -297,12 +298,53 @@ def test_no_layout_call_is_left() -> None:
 
 def test_layout_stays_where_strides_are_read() -> None:
     def program(x):
-        return x.t().contiguous().view(torch.int32).clone(), x.t().contiguous().as_strided((2, 2), (1, 2)) * 2
+        return x.t().contiguous().view(torch.int32).clone(), x.t().contiguous() * 2
 
     x = data((3, 4), torch.float32)
     captured = canonical(program, x)
     assert calls(captured.gm, aten.contiguous.default)
     compare(program, captured, (x,), layout=False)
+
+
+STRIDED = [
+    ((3, 4), (4, 1), None),  # the tensor itself
+    ((4, 3), (1, 4), 0),  # its transpose
+    ((2, 3), (4, 1), 1),
+    ((5, 4), (2, 1), None),  # rows that overlap
+    ((5, 4), (1, 2), 1),
+    ((2, 3, 2), (4, 1, 2), None),
+    ((3, 2, 4), (4, 0, 1), None),  # one that is repeated
+    ((1, 3), (7, 5), 1),
+    ((2,), (0,), 11),
+    ((), (), 5),
+]
+
+
+@pytest.mark.parametrize(("sizes", "strides", "offset"), STRIDED)
+@pytest.mark.parametrize("layout", [lambda x: x * 2, lambda x: (x * 2).t().contiguous(), lambda x: x.t() * 2])
+def test_memory_is_read_as_eager_lays_it_out(
+    sizes: tuple[int, ...], strides: tuple[int, ...], offset: int | None, layout: Callable
+) -> None:
+    def program(x):
+        return layout(x).as_strided(sizes, strides, offset) + 1
+
+    x = data((3, 4), torch.float32)
+    captured = canonical(program, x)
+    assert not calls(captured.gm, aten.as_strided.default) and not calls(captured.gm, aten.contiguous.default)
+    compare(program, captured, (x,), layout=False)
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (lambda x: x[:, :3].as_strided((2, 2), (4, 1)) * 2, r"strides \(4, 1\) and shape \(3, 3\)"),
+        (lambda x: x[:2].as_strided((3, 4), (4, 1)) * 2, "reads elements 0 to 11 of a tensor that has 8"),
+        (lambda x: x[1:].as_strided((2, 4), (4, 1), 0) * 2, "reads elements -4 to 3 of a tensor that has 8"),
+    ],
+)
+def test_memory_outside_of_the_tensor_is_refused(program: Callable, said: str) -> None:
+    with pytest.raises(CaptureRefused, match=said):
+        canonical(program, data((3, 4), torch.float32))
 
 
 @pytest.mark.parametrize(

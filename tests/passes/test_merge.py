@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
+from graphopt import backend, ops
 from graphopt import graph as g
-from graphopt import ops
 from graphopt.lowering.fold import fold
 from graphopt.observe import Event, Matched, Refused
-from graphopt.passes.merge import LINEAR, Merge
+from graphopt.passes.merge import LINEAR, RULE, Merge
 from graphopt.pipeline import Context
 from graphopt.weights import WeightStore
 from tests.graphs import Builder, calls
@@ -230,3 +230,24 @@ def test_ids_are_stable_and_distinct() -> None:
     assert ids() == ids() and len(set(ids())) == 2
     assert Merge() == Merge() and hash(Merge(8)) != hash(Merge(9))
     assert ops.linear.overload is LINEAR
+
+
+def test_memory_that_a_program_reads_itself_is_not_the_merged_one() -> None:
+    """A piece of a merged product has other strides than the product that it was (Longformer's windows)."""
+
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(8, 6), nn.Linear(8, 6)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            q, k = self.q(x), self.k(x)
+            return 2 * q, 2 * k.as_strided((2, 2, 4, 6), (30, 6, 6, 1))  # 4 rows each, from every row on
+
+    model, x = Windows().requires_grad_(False), torch.randn(2, 5, 8)
+    backend.clear_reports()
+    ours = torch.compile(model, backend="graphopt", options={"strict": True})(x)
+    (report,) = backend.reports()
+    assert RULE in [match.rule for match in report.matches], "q and k are one product"
+    for found, expected in zip(ours, model.double()(x.double()), strict=True):
+        close(found, expected, torch.float32)
