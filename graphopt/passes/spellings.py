@@ -17,6 +17,7 @@ from torch import fx
 
 from graphopt import graph as g
 from graphopt import torch_private
+from graphopt.passes.einsum import einsum
 from graphopt.passes.view_spellings import (
     Result,
     Spelling,
@@ -170,6 +171,15 @@ def compare(
     return spell
 
 
+def renamed(target: torch_private.OpOverload) -> Spelling:
+    """torch.max(x, y) -> maximum(x, y)"""
+
+    def spell(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
+        return s.emit(target, args, {}, g.val(node), node)
+
+    return spell
+
+
 def logical(target: torch_private.OpOverload) -> Spelling:
     """`&`, bitwise_and, logical_and on booleans -> logical_and; on integers it stays bitwise"""
 
@@ -314,6 +324,9 @@ def _table() -> dict[object, Spelling]:
     row(rsub, "rsub.Tensor", "rsub.Scalar")
     row(mul, "mul.Tensor", "mul.Scalar", "multiply.Tensor")
     row(div, "div.Tensor", "div.Scalar", "true_divide.Tensor", "divide.Tensor")
+    row(einsum, "einsum")
+    row(renamed(aten.maximum.default), "max.other")
+    row(renamed(aten.minimum.default), "min.other")
     row(power, "pow.Tensor_Scalar", "square")
     for name, opposite in (
         ("le", None),
