@@ -42,6 +42,23 @@ def upcast_flat_softmax_weights(q: Tensor, k: Tensor) -> Tensor:
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
 
 
+def centred_weights(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(scores - the largest of each row)"""
+    scores = ops.attention_scores(q, k, 1.0)
+    return torch.softmax(scores - scores.max(dim=-1, keepdim=True).values, dim=-1)
+
+
+def zeroed_weights(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
+    """softmax(scores.masked_fill(hidden, -inf)).masked_fill(hidden, 0): rows without a key are 0, not nan"""
+    return ops.attention_weights(q, k, 1.0, ~hidden).masked_fill(hidden, 0.0)
+
+
+def zeroed_biased_weights(q: Tensor, k: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
+    """softmax((scores + bias).masked_fill(hidden, -inf)).masked_fill(hidden, 0) (CPM-Ant)"""
+    hiding = bias.masked_fill(hidden, float("-inf"))
+    return ops.attention_weights(q, k, 1.0, hiding).masked_fill(hidden, 0.0)
+
+
 def low_filled_weights(q: Tensor, k: Tensor, hidden: Tensor, fill: float) -> Tensor:
     """softmax(scores.masked_fill(hidden, -1e9))
 
@@ -94,6 +111,14 @@ def flat_weighted_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """weights @ v of heads that are rows of the batch"""
     (b, h, s, _), t = q.shape, k.shape[2]
     return torch.bmm(ops.attention_weights(q, k, 1.0).reshape(b * h, s, t), v)
+
+
+def granite_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    """softmax(scores) @ v * sigmoid(logsumexp(scores) - sink): a column of sinks, without the column"""
+    scores = ops.attention_scores(q, k, 1.0)
+    share = (torch.logsumexp(scores, dim=-1) - sinks.reshape(1, q.shape[1], 1)).to(torch.float32).sigmoid()
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return weights @ v * share.unsqueeze(-1).to(q.dtype)
 
 
 def narrowed_weighted_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -191,6 +216,10 @@ def _sink_weights(q: Tensor, k: Tensor, sinks: Tensor) -> Tensor:
     return ops.attention_weights(q.to(wide), k.to(wide), 1.0, sinks=sinks)
 
 
+def _sunk(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    return ops.attention(q, k, v, 1.0, sinks=sinks)
+
+
 def _shared_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ops.attention(q, k, v.expand(q.shape[0], q.shape[1], v.shape[2], v.shape[3]), 1.0)
 
@@ -240,6 +269,23 @@ RULES = (
         rule(pattern, _sink_weights, _QK, carry=SCORES, sinks=T("h", "S"))
         for pattern in (gpt_oss_weights, sink_weights)
     ),
+    rule(centred_weights, _weights, _QK, carry=SCORES),
+    rule(
+        zeroed_weights,
+        lambda q, k, hidden: ops.attention_weights(q, k, 1.0, ~hidden),
+        MASKED,
+        carry=("scale", "softcap"),
+        hidden=BOOL,
+    ),
+    rule(
+        zeroed_biased_weights,
+        lambda q, k, bias, hidden: ops.attention_weights(q, k, 1.0, bias.masked_fill(hidden, float("-inf"))),
+        MASKED,
+        carry=("scale", "softcap"),
+        bias=MASK,
+        hidden=BOOL,
+    ),
+    rule(granite_sinks, _sunk, _QK, carry=SCORES, v=T("b h t e"), sinks=T("h")),
     rule(weighted_values, _whole, _QK, carry=WEIGHTS, v=T("b h t e")),
     rule(shared_weighted_values, _shared_values, _QK, carry=WEIGHTS, v=T("b 1 t e")),
     rule(flat_weighted_values, _flat_values, _QK, carry=WEIGHTS, v=T("b*h t e")),

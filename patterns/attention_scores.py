@@ -116,6 +116,28 @@ def added_mask(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     return ops.attention_scores(q, k, 1.0) + mask
 
 
+def subtracted_mask(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """scores - mask (XLNet)"""
+    return ops.attention_scores(q, k, 1.0) - mask
+
+
+def subtracted_from_bias(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    """scores + bias - mask (Funnel)"""
+    return ops.attention_scores(q, k, 1.0, bias) - mask
+
+
+def floored_scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    """max(scores + bias, lowest) (XGLM): one -inf less"""
+    scores = ops.attention_scores(q, k, 1.0, bias)
+    return scores.clamp_min(torch.finfo(scores.dtype).min)
+
+
+def floored_filled_scores(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+    """max(where(seen, scores, lowest), lowest)"""
+    scores = ops.attention_scores(q, k, 1.0, seen, None, True)
+    return scores.clamp_min(torch.finfo(scores.dtype).min)
+
+
 def widened_scores(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """half scores + a mask in fp32 (MPT)"""
     return ops.attention_scores(q, k, 1.0) + mask
@@ -177,7 +199,7 @@ def hidden_mask(q: Tensor, k: Tensor, hidden: Tensor, fill: float) -> Tensor:
 
 AROUND = (  # what may stand between a product and its softmax
     *(aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.tanh.default),
-    *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.maximum.default),
+    *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.clamp_min.default),
     *(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
     *(aten.to.dtype, aten.reshape.default, aten.cat.default),  # cat: a column of sinks
 )
@@ -406,6 +428,35 @@ RULES = (
         MASKED,
         carry=_BEFORE_MASK,
         mask=MASK,
+    ),
+    rule(
+        subtracted_mask,
+        lambda q, k, mask: ops.attention_scores(q, k, 1.0, -mask),
+        MASKED,
+        carry=_BEFORE_MASK,
+        mask=MASK,
+    ),
+    rule(
+        subtracted_from_bias,
+        lambda q, k, bias, mask: ops.attention_scores(q, k, 1.0, bias - mask),
+        MASKED,
+        carry=_BEFORE_MASK,
+        bias=MASK,
+        mask=MASK,
+    ),
+    rule(
+        floored_scores,
+        lambda q, k, bias: ops.attention_scores(q, k, 1.0, bias.clamp_min(torch.finfo(bias.dtype).min)),
+        MASKED,
+        carry=_BEFORE_MASK,
+        bias=MASK,
+    ),
+    rule(
+        floored_filled_scores,
+        lambda q, k, seen: ops.attention_scores(q, k, 1.0, seen, None, True),
+        MASKED,
+        carry=_BEFORE_MASK,
+        seen=BOOL,
     ),
     rule(added_nothing, lambda q, k: ops.attention_scores(q, k, 1.0), _QK, carry=_ARGUMENTS),
     *(

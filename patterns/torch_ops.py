@@ -122,6 +122,20 @@ def literal(name: str) -> Callable[[fx.Node], Mapping[str, object] | str]:
     return arguments
 
 
+def floor(node: fx.Node) -> Mapping[str, object] | str:
+    """maximum(x, full([], c)) -> clamp_min(x, c)"""
+    x, other = node.args[:2]
+    number = _constant(other)
+    assert isinstance(x, fx.Node) and isinstance(other, fx.Node)
+    if not isinstance(number, (int, float)):
+        return "other is no constant"
+    if g.dtype(x) != g.dtype(node) or g.dtype(other) != g.dtype(x) or not g.dtype(x).is_floating_point:
+        return "other decides the dtype, or is no float"
+    if not g.same_shape(g.shape(x), g.shape(node)):
+        return "other decides the shape"
+    return {"self": x, "min": torch.tensor(number, dtype=g.dtype(x), device="cpu").item()}
+
+
 def _constant(x: object) -> object:
     """What a `full` or a constant of one element holds everywhere; None where it is something else."""
     if g.is_call(x, *FULL):
@@ -140,6 +154,7 @@ FULL = (aten.full.default, aten.full_like.default, aten.scalar_tensor.default)
 RULES = (
     Translation("where_full", aten.where.self, aten.where.ScalarOther, literal("other")),
     Translation("fill_full", aten.masked_fill.Tensor, aten.masked_fill.Scalar, literal("value")),
+    Translation("maximum_full", aten.maximum.default, aten.clamp_min.default, floor),
     Translation("torch_sdpa", aten.scaled_dot_product_attention.default, ops.attention.overload, sdpa),
     Translation("torch_linear", aten.linear.default, ops.linear.overload, linear),
     Translation("torch_layer_norm", aten.layer_norm.default, ops.layer_norm.overload, layer_norm),

@@ -227,13 +227,29 @@ def absolute(reading: Reading, node: fx.Node, index: Index) -> Value:
 
 
 def floor_divide(reading: Reading, node: fx.Node, index: Index) -> Value:
-    """x // c where the sizes say that it is 0: a chunk longer than the sequence. Else raises Unreadable."""
-    if node.target == aten.div.Tensor_mode and g.arg(node, "rounding_mode") != "floor":
-        raise Unreadable("division that is not floored")
+    """x // c; 0 where the sizes say so: a chunk longer than the sequence. Raises Unreadable for other c."""
+    if node.target in (aten.div.Tensor_mode, aten.div.Scalar_mode):
+        if g.arg(node, "rounding_mode") != "floor":
+            raise Unreadable("division that is not floored")
     x, c = (integer(reading.operand(a, index)) for a in node.args[:2])
     if never_negative(x, reading.space) and never_negative(c - 1 - x, reading.space):
         return Number(ZERO)
-    raise Unreadable("a division")
+    if not (c.is_Integer and c > 0):
+        raise Unreadable(f"a division by {c}")
+    return Number(sympy.floor(sympy.expand(x / c)))
+
+
+def clamp_min(reading: Reading, node: fx.Node, index: Index) -> Value:
+    """max(x, c) of literals: of what an additive mask holds. Raises Unreadable for other numbers."""
+    x, low = reading.operand(node.args[0], index), as_float(reading.operand(node.args[1], index))
+
+    def larger(value: Value) -> Value:
+        number = as_float(value)
+        if number is None or low is None:
+            raise Unreadable("the larger of numbers that are no literals")
+        return literal(max(number, low))
+
+    return by_case(larger, as_number(x))
 
 
 def to_dtype(reading: Reading, node: fx.Node, index: Index) -> Value:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import sympy
+from sympy.core.function import AppliedUndef
 from torch import fx
 
-from graphopt.masks.term import All, AtLeast, Entry, Expr, Known, Not, Some, Truth, Zero
+from graphopt.masks.term import KEY, QUERY, All, AtLeast, Entry, Expr, Known, Not, Some, Truth, Zero
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,25 @@ def said(truth: Truth) -> str:
     if isinstance(truth, AtLeast):
         return f"{_expr(truth.expr)} >= 0"
     if isinstance(truth, Zero):
-        return f"{_expr(truth.expr)} == 0"
+        return _same(truth.expr) or f"{_expr(truth.expr)} == 0"
     if isinstance(truth, Not):
         return f"not {said(truth.of)}"
     assert isinstance(truth, (All, Some))
     return f"({(' & ' if isinstance(truth, All) else ' | ').join(map(said, truth.of))})"
+
+
+def _same(expr: Expr) -> str | None:
+    """`chunks of 4` for i // 4 == j // 4, `blocks of ids` for ids[b, i] == ids[b, j]; None for another."""
+    terms = sympy.Add.make_args(expr)
+    bare = [term if term.could_extract_minus_sign() else -term for term in terms]
+    if len(terms) != 2 or bare[0] == bare[1]:
+        return None
+    one, two = (-term for term in bare)
+    if {one, two} != {one, one.subs({QUERY: KEY, KEY: QUERY}, simultaneous=True)}:
+        return None
+    if isinstance(one, sympy.floor):
+        return f"chunks of {sympy.fraction(sympy.together(one.args[0]))[1]}"
+    return f"blocks of {one.func.__name__}" if isinstance(one, AppliedUndef) else None
 
 
 def _expr(expr: Expr) -> str:

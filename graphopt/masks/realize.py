@@ -134,6 +134,9 @@ def number(expr: Expr, axes: Axes, maker: Maker) -> Made:
         return entry(maker.form.leaf(expr.func.__name__), expr.args, axes, maker)
     if isinstance(expr, sympy.Abs):
         return maker.call(aten.abs.default, number(expr.args[0], axes, maker))
+    if isinstance(expr, sympy.floor):
+        above, below = sympy.fraction(sympy.together(expr.args[0]))
+        return maker.call(aten.floor_divide.default, number(above, axes, maker), int(below))
     if isinstance(expr, (sympy.Add, sympy.Mul)):
         target = aten.add.Tensor if isinstance(expr, sympy.Add) else aten.mul.Tensor
         size, rest = expr.as_independent(*[a for a in expr.args if reads_tensors(a)], as_Add=expr.is_Add)

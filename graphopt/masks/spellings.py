@@ -30,6 +30,7 @@ ROWS: tuple[tuple[str, Rule], ...] = (
     ("neg.default", a.neg),
     ("abs.default", a.absolute),
     ("floor_divide.default floor_divide.Scalar div.Tensor_mode div.Scalar_mode", a.floor_divide),
+    ("clamp_min.default", a.clamp_min),
     ("to.dtype to.device to.dtype_layout to.other _to_copy.default type_as.default", a.to_dtype),
     ("clone.default alias.default contiguous.default detach.default lift_fresh_copy.default", a.to_dtype),
     ("where.self where.ScalarOther where.ScalarSelf where.Scalar", a.where),

@@ -19,7 +19,7 @@ PRODUCTS = (aten.matmul.default, aten.baddbmm.default, aten.einsum.default)
 ELEMENTWISE = (
     *(aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.tanh.default),
     *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther),
-    *(aten.to.dtype, aten.reshape.default, aten.maximum.default, aten.cat.default),
+    *(aten.to.dtype, aten.reshape.default, aten.clamp_min.default, aten.cat.default),
 )
 
 
