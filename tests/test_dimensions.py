@@ -26,6 +26,7 @@ from tests.rule_cases import (
     table_of,
     tensors,
 )
+from tests.tolerances import IN_FP64
 
 RULES = (*EQUATIONS, *FUSED_EQUATIONS)
 OTHER = {torch.float32: torch.bfloat16, torch.bool: torch.float32, torch.int64: torch.int32}
@@ -68,5 +69,5 @@ def test_another_tensor_is_refused_or_right(rule: Rule) -> None:
             pairs = zip(raise_to_fp64(before)(*inputs), raise_to_fp64(after)(*inputs), strict=True)
             for want, have in pairs:
                 worst = f"{label}\n{before.graph}\n{after.graph}"
-                torch.testing.assert_close(have, want, rtol=1e-9, atol=1e-9, equal_nan=True, msg=worst)
+                torch.testing.assert_close(have, want, equal_nan=True, msg=worst, **IN_FP64)
     assert tried
