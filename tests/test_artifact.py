@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,15 +22,7 @@ from graphopt.ownership import is_stand_in
 from graphopt.runtime.ranks import Mesh
 from tests.block import MERGED, Block, agree, block, counted, example
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """No compiled code, prepared weights or reports of other tests."""
-    torch.compiler.reset()
-    backend.clear_reports()
-    backend.STORE.refresh()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("emptied")
 
 
 class Mixed(nn.Module):

@@ -6,7 +6,7 @@ import inspect
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -28,16 +28,7 @@ from tests.block import MERGED, Block, agree, block, counted, example
 from tests.models import zoo
 from tests.tolerances import AUTOCAST, close
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """No compiled code, prepared weights or reports of other tests; no gradients."""
-    torch.compiler.reset()
-    backend.STORE.refresh()
-    backend.clear_reports()
-    with torch.no_grad():
-        yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def compiled(

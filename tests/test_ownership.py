@@ -7,7 +7,7 @@ import gc
 import io
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -26,15 +26,7 @@ from tests.block import MERGED, Block, agree, block, counted, example
 
 aten = torch.ops.aten
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """No compiled code, prepared weights or reports of other tests."""
-    torch.compiler.reset()
-    backend.clear_reports()
-    backend.STORE.refresh()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("emptied")
 
 
 OPTIONS: dict[str, object] = {"quantize": "int8", "quantize_exclude": ("head",)}

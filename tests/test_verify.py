@@ -7,7 +7,7 @@ import functools
 import json
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -29,16 +29,7 @@ from tests.verifying import late_sdpa, more_eps, ran, wrong_kernel, wrong_rule, 
 
 HALF_AND_WHOLE = (torch.float32, torch.bfloat16)
 
-
-@pytest.fixture(autouse=True)
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No compiled code, prepared weights, reports or certificates of other tests."""
-    torch.compiler.reset()
-    backend.STORE.refresh()
-    backend.clear_reports()
-    monkeypatch.setattr(backend, "CERTIFICATES", Certificates(tmp_path / "verified"))
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("emptied", "own_certificates")
 
 
 def right(name: str, case: zoo.Case, dtype: torch.dtype, results: list[object]) -> None:

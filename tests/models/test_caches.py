@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -33,13 +33,7 @@ RUNS = {
     "bart static": ("bart", "static", FIRST_ALONE),
 }
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """No compiled code of other tests."""
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("emptied")
 
 
 def strictly(model: nn.Module, **how: object) -> nn.Module:
