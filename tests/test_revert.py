@@ -15,7 +15,7 @@ from graphopt import graph as g
 from graphopt.errors import GraphoptError, ReleasedError, RevertError
 from graphopt.passes.merge import Merge
 from graphopt.pipeline import Context
-from graphopt.report import PROGRAM, Report
+from graphopt.report import Report
 from graphopt.rewrite import Match
 from tests.block import MERGED, agree, block, example
 from tests.test_verify import Feed
@@ -87,7 +87,7 @@ def test_a_program_that_is_gone_cannot_be_changed_and_holds_no_weight() -> None:
     ours(x)
     weight = weakref.ref(model.q.weight)
     report = backend.reports()[0]
-    program = vars(report)[PROGRAM]()
+    program = report.link.find()
     assert program is not None
     del ours, model
     torch.compiler.reset()
