@@ -14,8 +14,8 @@ from torch import nn
 
 import graphopt
 from graphopt import backend, tensor_file
-from graphopt.artifact import MANIFEST
 from graphopt.errors import ArtifactError
+from graphopt.manifest import MANIFEST
 from graphopt.ownership import is_stand_in
 from tests.block import MERGED, agree, block, counted, example
 from tests.saving import OPTIONS, TOKENS, mixed, run, state_of, weights_file

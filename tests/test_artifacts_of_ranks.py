@@ -11,8 +11,8 @@ from torch import nn
 
 import graphopt
 from graphopt import artifact, backend
-from graphopt.artifact import MANIFEST
 from graphopt.errors import ArtifactError, OptionError, ReleasedError
+from graphopt.manifest import MANIFEST
 from graphopt.runtime.ranks import Mesh
 from tests.block import block
 from tests.saving import TOKENS, Mixed, run

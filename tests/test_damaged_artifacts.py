@@ -13,8 +13,8 @@ from torch import nn
 
 import graphopt
 from graphopt import backend
-from graphopt.artifact import MANIFEST
 from graphopt.errors import ArtifactError, OptionError, WeightError
+from graphopt.manifest import MANIFEST
 from tests.block import block
 from tests.saving import TOKENS, Mixed, mixed, run, state_of, weights_file
 
