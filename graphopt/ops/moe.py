@@ -31,7 +31,7 @@ def _check_product(x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None) 
         require_size(name, "last size of bias", bias.shape[1], weight.shape[2])
 
 
-def _expert_matmul_fake(x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None = None) -> Tensor:
+def _expert_matmul_fake(x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None) -> Tensor:
     _check_product(x, weight, ids, bias)
     return x.new_empty((x.shape[0], weight.shape[2]))
 
@@ -98,12 +98,9 @@ def _experts_fake(
     gate_up: Tensor,
     down: Tensor,
     kind: str,
-    gated: bool = True,
-    interleaved: bool = False,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    limit: float | None = None,
-    up_offset: float = 0.0,
+    gated: bool,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
 ) -> Tensor:
     _check_experts(x, ids, routing, gate_up, down, kind, gated, gate_up_bias, down_bias)
     return x.new_empty((x.shape[0], down.shape[1]))
