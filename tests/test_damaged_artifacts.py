@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from graphopt.errors import ArtifactError, OptionError, WeightError
 from graphopt.manifest import MANIFEST
 from tests.block import block
 from tests.saving import TOKENS, Mixed, mixed, run, state_of, weights_file
+from tests.threads import in_threads
 
 pytestmark = pytest.mark.usefixtures("emptied")
 
@@ -219,21 +219,13 @@ def test_another_configuration_is_told(tmp_path: Path) -> None:
 
 def test_two_threads_may_save_at_a_time(tmp_path: Path) -> None:
     model, y = run()
-    failures: list[BaseException] = []
 
     def work() -> None:
-        try:
-            for _ in range(5):
-                graphopt.save(model, tmp_path)
-        except BaseException as error:
-            failures.append(error)
+        for _ in range(5):
+            graphopt.save(model, tmp_path)
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures and not list(tmp_path.glob(".*.new"))
+    in_threads(*[work] * 3)
+    assert not list(tmp_path.glob(".*.new"))
     assert torch.equal(graphopt.load(mixed(7), tmp_path)(TOKENS), y)
 
 

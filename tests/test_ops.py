@@ -12,7 +12,8 @@ from torch import Tensor
 
 from graphopt import graph, ops, torch_private
 from graphopt.ops import define
-from tests.op_cases import BF16, CASES, DTYPES, F32, Case, first_case, fused, rand, tensors
+from tests.op_cases import BF16, CASES, DTYPES, F32, Case, first_case, fused, tensors
+from tests.tensors import rand
 
 WRITERS = (ops.rope_write, ops.cache_write)  # lowering alone makes calls that change an argument
 

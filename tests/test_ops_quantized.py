@@ -12,7 +12,8 @@ from graphopt import ops, torch_private
 from graphopt.kernels.linear_int8 import HALF_ROWS, linear_int8
 from graphopt.ops import quantized
 from graphopt.ops.quantized import dequantized
-from tests.op_cases import BF16, DTYPES, F16, F32, F64, rand
+from tests.op_cases import BF16, DTYPES, F16, F32, F64
+from tests.tensors import rand
 from tests.tolerances import HALF_A_STEP, INT8_IN_BF16, close
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from graphopt import ops
-from tests.op_cases import BF16, DTYPES, F16, F32, F64, fused, rand, swapped
+from tests.op_cases import BF16, DTYPES, F16, F32, F64, fused, swapped
+from tests.tensors import rand
 from tests.tolerances import LARGE_MEAN, close
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

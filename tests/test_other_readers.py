@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from graphopt.ownership import Owned, is_stand_in, stand_in
 from graphopt.weights import Prepared, PreparePlan, WeightStore
 from tests.block import agree
 from tests.owned import OPTIONS, Packed, compiled, owned, packed, prepare_graph, rows, stand_ins
+from tests.threads import in_threads
 
 aten = torch.ops.aten
 
@@ -156,20 +156,10 @@ def test_threads_share_one_release() -> None:
     model, expected = owned(), compiled(packed())(rows())
     model(rows())
     model.load_state_dict(packed().state_dict())
-    failures: list[BaseException] = []
 
     def work() -> None:
-        try:
-            with torch.no_grad():
-                for count in (3, 3, 3):
-                    agree(model(rows(count)), expected)
-        except BaseException as error:
-            failures.append(error)
+        for count in (3, 3, 3):
+            agree(model(rows(count)), expected)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures, failures
+    in_threads(*[work] * 4)
     assert stand_ins(model) == {"weight"}

@@ -21,6 +21,7 @@ from graphopt.defaults import RULES
 from tests.block import agree
 from tests.models import zoo
 from tests.rewriting import canonical, rewritten, vocabulary
+from tests.tensors import rand
 
 TESTS = Path(__file__).parent
 HERE = Path(__file__).name
@@ -97,11 +98,6 @@ def test_the_bug_has_a_test(bug: str) -> None:
     for file, name in BUGS[bug]:
         functions = [n for n in ast.parse((TESTS / file).read_text()).body if isinstance(n, ast.FunctionDef)]
         assert name in [f.name for f in functions], f"tests/{file} has no {name}"
-
-
-def rand(*shape: int) -> Tensor:
-    """Normal numbers, the same for a shape."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 @pytest.mark.parametrize("width", [16, 64])

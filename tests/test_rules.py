@@ -21,23 +21,21 @@ from tests.rewriting import agree, canonical, outputs, rewritten, vocabulary
 from tests.rule_cases import (
     AROUND,
     DTYPES,
-    EQUATIONS,
-    FUSED_EQUATIONS,
     SQUARE,
     TIDY,
     Point,
     arguments,
+    by_rule,
     carried,
-    has_heads,
     pattern_of,
     points,
     run,
+    small,
     table_of,
     tensors,
 )
 from tests.tolerances import IN_FP64, close
 
-by_rule = pytest.mark.parametrize("rule", (*EQUATIONS, *FUSED_EQUATIONS), ids=lambda r: r.name)
 # Where a rule is right not to fire on its own pattern.
 UNFIRED = frozenset(
     {
@@ -204,12 +202,7 @@ def test_no_mutant_of_the_pattern_becomes_something_else(rule: Rule) -> None:
     """Wherever a rule, or the whole table, fires on a mutant of the pattern, its numbers and dtypes stay."""
     refused = 0
     for sizes, dtype in ((SQUARE, torch.float32), (TIDY, torch.float32), (SQUARE, torch.bfloat16)):
-        at = Point(
-            sizes,
-            lead=(4, 4) if has_heads(rule) else (4,),
-            dtypes=dict.fromkeys(rule.dtype_variables(), dtype),
-        )
-        model, inputs = pattern_of(rule, arguments(rule, at))
+        model, inputs = pattern_of(rule, arguments(rule, small(rule, sizes, dtype)))
         gm = canonical(model, *inputs)
         for label, mutant in mutants(gm):
             for rules in ((rule,), table_of(rule)) if sizes is SQUARE else ((rule,),):

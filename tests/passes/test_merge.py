@@ -11,26 +11,15 @@ from torch import fx
 from graphopt import graph as g
 from graphopt import ops
 from graphopt.lowering.fold import fold
-from graphopt.observe import Event, Matched, Refused
+from graphopt.observe import Matched
 from graphopt.passes.merge import LINEAR, Merge
 from graphopt.pipeline import Context
 from graphopt.weights import WeightStore
 from tests.graphs import Builder, calls
+from tests.listening import Listener
 from tests.tolerances import close
 
 aten = torch.ops.aten
-
-
-class Listener:
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def on_event(self, event: Event) -> None:
-        self.events.append(event)
-
-    @property
-    def reasons(self) -> list[str]:
-        return [e.refusal.reason for e in self.events if isinstance(e, Refused)]
 
 
 def siblings(
