@@ -19,7 +19,7 @@ from graphopt.passes.quantize import LINEAR, Quantize, named
 from graphopt.passes.recognise import Recognise
 from graphopt.pipeline import Context, Pipeline
 from graphopt.weights import Prepared, WeightStore
-from tests.graphs import Builder, calls
+from tests.graphs import Builder, calls, values
 from tests.listening import Listener
 from tests.tolerances import close
 
@@ -37,11 +37,6 @@ def linears(*sizes: tuple[int, int], bias: bool = False, path: str = "layers.{i}
         b = build.weight(f"{at}.bias", n) if bias else None
         outs.append(build.call(aten.neg.default, build.call(LINEAR, x, w, b, path=at)))
     return build.done(*outs)
-
-
-def values(gm: fx.GraphModule) -> list[torch.Tensor]:
-    torch.manual_seed(0)
-    return [torch.randn(g.shape(n)).to(g.dtype(n)) for n in g.placeholders(gm.graph)]  # type: ignore[arg-type]  # ints
 
 
 def quantized(
