@@ -22,9 +22,9 @@ from graphopt.backend import clear_reports, reports
 from graphopt.tools import demo_models as models
 from graphopt.tools.demo_clock import compare, threads
 from graphopt.tools.demo_watch import calls_in, operators, watched_step
+from tests.tolerances import LARGEST_OUTPUT
 
 COPIED = 256 << 20  # bytes: several times the last-level cache
-TOLERANCE = 1e-4  # of the largest output, in fp32: both sides round differently, over 8 layers
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class Pair:
         expected, got = self.eager(), self.ours()
         assert self.backend != "graphopt" or reports(), "the backend was never called"
         difference = float((expected - got).abs().max() / expected.abs().max())
-        if not difference <= TOLERANCE:
-            raise SystemExit(f"results differ by {difference:.1e} of the largest, allowed is {TOLERANCE:.0e}")
+        if not difference <= LARGEST_OUTPUT:
+            allowed = f"allowed is {LARGEST_OUTPUT:.0e}"
+            raise SystemExit(f"results differ by {difference:.1e} of the largest, {allowed}")
         return difference
 
 

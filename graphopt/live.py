@@ -29,7 +29,7 @@ from graphopt.ledger import Ledger
 from graphopt.observe import Observer, Warned, emit
 from graphopt.options import Options
 from graphopt.passes.shard import HELD, PLAN_HASH
-from graphopt.report import Report
+from graphopt.report import Link, Report
 from graphopt.runtime.ranks import Mesh, Ranked, digest, gathered
 from graphopt.steering import Steering
 from graphopt.verification import NotVerified, TakenBack, Verification
@@ -94,7 +94,7 @@ class Live:
     def __post_init__(self) -> None:
         self.built, self.report = self.build(self.deny)
         self.waiting = self.verifies
-        self.report.attach(weakref.ref(self))
+        self.report.link = Link(find=weakref.ref(self))
 
     @property
     def verifies(self) -> bool:

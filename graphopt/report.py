@@ -30,7 +30,6 @@ COLOURS = {
     "not optimised": "bold red",
     "near miss": "magenta",
 }
-PROGRAM = "_program"  # where a report keeps how to find its program: no field
 NEAR = (
     3  # a miss with fewer matched parts, at a node that another rule made, is not worth a line of the summary
 )
@@ -60,6 +59,17 @@ class Rebuilds(Protocol):
     def revert(self, identity: str) -> None: ...
 
 
+@dataclass(frozen=True)
+class Link:
+    """How a report reaches the program that it is of: to look at it again, or to have it built again."""
+
+    ask: Callable[[Question], Answer] | None = None
+    find: Callable[[], Rebuilds | None] | None = None
+
+
+NO_LINK = Link()
+
+
 @dataclass
 class Report:
     """The account of one compilation. `print(report)` shows it; `to_json()` keeps all of it."""
@@ -87,10 +97,10 @@ class Report:
     """How many weights are kept in fewer bits; None where nobody asked for it."""
     quantized_bytes: tuple[int, int] = (0, 0)
     """The bytes of those weights before, and now with their scales."""
-    rerun: Callable[[Question], Answer] | None = field(default=None, repr=False, compare=False)
-    """Looks again at the program with a question; None where the program is gone, as it is in JSON."""
     verification: Verification | None = None
     """What running the rewrites has shown; None where nobody asked for it (`verify`)."""
+    link: Link = field(default=NO_LINK, repr=False, compare=False)
+    """To the living program; JSON and pickles do not keep it."""
 
     def revert(self, match: Match | str) -> None:
         """Take a match back: the program is built again without it, and runs so from its next call on.
@@ -106,8 +116,7 @@ class Report:
             RevertError: the report is of no living program, no such match was applied, or the program without
                 it cannot be built; it then stays as it is.
         """
-        find = vars(self).get(PROGRAM)
-        program = find() if find is not None else None
+        program = self.link.find() if self.link.find is not None else None
         if program is None:
             raise RevertError(
                 "this report is of no program that still runs; take it from graphopt.backend.reports() while "
@@ -115,13 +124,8 @@ class Report:
             )
         program.revert(match if isinstance(match, str) else match.id)
 
-    def attach(self, find: Callable[[], Rebuilds | None]) -> None:
-        """Say how to find the living program that this report is of. JSON and pickles do not keep it."""
-        vars(self)[PROGRAM] = find
-
     def __getstate__(self) -> dict[str, object]:
-        kept = self.__dataclass_fields__.keys() - {"rerun"}
-        return {name: value for name, value in vars(self).items() if name in kept}
+        return {name: value for name, value in vars(self).items() if name != "link"}
 
     @property
     def unmatched_share(self) -> float:
@@ -130,8 +134,8 @@ class Report:
 
     def to_json(self, indent: int | None = None) -> str:
         """The whole report as JSON; `from_json` reads it back."""
-        fields = asdict(replace(self, rerun=None))
-        del fields["rerun"]
+        fields = asdict(replace(self, link=NO_LINK))
+        del fields["link"]
         return json.dumps(fields, indent=indent)
 
     def explain(self, rule: str = ALL, module: str = ALL, node: str = ALL) -> Answer:
@@ -144,8 +148,8 @@ class Report:
             OptionError: the program has no such rule, module or node (only where it is looked at again).
         """
         question = Question(rule, module, node)
-        if self.rerun is not None:
-            return self.rerun(question)
+        if self.link.ask is not None:
+            return self.link.ask(question)
         known = answer(question, self.matches, self.refusals)
         return replace(known, notes=(*known.notes, KEPT))
 

@@ -10,8 +10,9 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from graphopt.attention_cases import case
 from graphopt.graph import arg, dtype, number, shape
-from graphopt.kernel import Case, Kernel, Tensor
+from graphopt.kernel import Kernel, Tensor
 from graphopt.ops.define import wide
 
 HALF = frozenset({torch.float16, torch.bfloat16})
@@ -181,63 +182,40 @@ def composed_refuses(node: fx.Node) -> str | None:
 # -------------------------------------------------------------------------------------------------- cases
 
 
-def _case(
-    name: str, heads: int = 4, kv_heads: int = 4, queries: int = 7, keys: int = 7, dim: int = 16,
-    value_dim: int = 0, batch: int = 2, layout: str = "transposed", **rest: object,
-) -> Case:  # fmt: skip
-    """A case of attention; `rest` are the arguments after scale, by name."""
-    names = (
-        "causal",
-        "offset",
-        "offset_tensor",
-        "window",
-        "key_padding",
-        "bias",
-        "softcap",
-        "sinks",
-        "empty_rows_mean",
-    )
-    defaults = dict.fromkeys(names) | {"causal": False, "offset": 0, "empty_rows_mean": False}
-    q = Tensor((batch, heads, queries, dim), layout=layout, scale=2.0)
-    k = Tensor((batch, kv_heads, keys, dim), layout=layout, scale=2.0)
-    v = Tensor((batch, kv_heads, keys, value_dim or dim), layout=layout)
-    return Case(name, (q, k, v, dim**-0.5 * 0.5, *(defaults | rest).values()))
-
-
 PLAIN = (
-    _case("tidy", queries=8, keys=8),
-    _case("ugly", heads=6, kv_heads=3, queries=5, keys=11, dim=20, batch=3),
-    _case("one head of 8", heads=8, kv_heads=1, queries=3, keys=9),
-    _case("wide values", value_dim=24),
-    _case("contiguous", layout="contiguous"),
-    _case("sliced", layout="sliced"),
-    _case("one batch, one head", heads=1, kv_heads=1, batch=1),
-    _case("one query", heads=4, kv_heads=2, queries=1, keys=13),
-    _case("one query, no groups", queries=1, keys=13),
-    _case("one key", keys=1),
-    _case("no query", queries=0),
-    _case("no batch", batch=0),
-    _case("bias", bias=Tensor((2, 1, 7, 7))),
-    _case("bias of heads", heads=4, kv_heads=2, bias=Tensor((1, 4, 7, 7))),
-    _case("bias of heads, one query", heads=4, kv_heads=2, queries=1, keys=9, bias=Tensor((1, 4, 1, 9))),
-    _case("bias of heads without a batch", heads=4, kv_heads=2, bias=Tensor((4, 1, 7))),
-    _case("bias of heads without a batch, one query", heads=4, kv_heads=2, queries=1, bias=Tensor((4, 1, 7))),
-    _case("bias of heads alone, one query", heads=4, kv_heads=1, queries=1, bias=Tensor((4, 1, 1))),
-    _case("bias of rows", heads=4, kv_heads=2, bias=Tensor((7, 7))),
-    _case("bias of keys, one query", heads=4, kv_heads=2, queries=1, keys=9, bias=Tensor((2, 1, 1, 9))),
-    *(_case(f"head_dim {d}", heads=2, kv_heads=2, queries=5, keys=6, dim=d) for d in (64, 80, 96, 128, 256)),
-    *(_case(f"groups of {g}", heads=8, kv_heads=8 // g, queries=5, keys=6) for g in (1, 4, 8)),
+    case("tidy", queries=8, keys=8),
+    case("ugly", heads=6, kv_heads=3, queries=5, keys=11, dim=20, batch=3),
+    case("one head of 8", heads=8, kv_heads=1, queries=3, keys=9),
+    case("wide values", value_dim=24),
+    case("contiguous", layout="contiguous"),
+    case("sliced", layout="sliced"),
+    case("one batch, one head", heads=1, kv_heads=1, batch=1),
+    case("one query", heads=4, kv_heads=2, queries=1, keys=13),
+    case("one query, no groups", queries=1, keys=13),
+    case("one key", keys=1),
+    case("no query", queries=0),
+    case("no batch", batch=0),
+    case("bias", bias=Tensor((2, 1, 7, 7))),
+    case("bias of heads", heads=4, kv_heads=2, bias=Tensor((1, 4, 7, 7))),
+    case("bias of heads, one query", heads=4, kv_heads=2, queries=1, keys=9, bias=Tensor((1, 4, 1, 9))),
+    case("bias of heads without a batch", heads=4, kv_heads=2, bias=Tensor((4, 1, 7))),
+    case("bias of heads without a batch, one query", heads=4, kv_heads=2, queries=1, bias=Tensor((4, 1, 7))),
+    case("bias of heads alone, one query", heads=4, kv_heads=1, queries=1, bias=Tensor((4, 1, 1))),
+    case("bias of rows", heads=4, kv_heads=2, bias=Tensor((7, 7))),
+    case("bias of keys, one query", heads=4, kv_heads=2, queries=1, keys=9, bias=Tensor((2, 1, 1, 9))),
+    *(case(f"head_dim {d}", heads=2, kv_heads=2, queries=5, keys=6, dim=d) for d in (64, 80, 96, 128, 256)),
+    *(case(f"groups of {g}", heads=8, kv_heads=8 // g, queries=5, keys=6) for g in (1, 4, 8)),
 )
 CAUSAL = (
-    _case("causal", causal=True),
-    _case("causal, more keys", heads=4, kv_heads=2, keys=11, causal=True),
-    _case("causal, fewer keys", keys=3, causal=True),
+    case("causal", causal=True),
+    case("causal, more keys", heads=4, kv_heads=2, keys=11, causal=True),
+    case("causal, fewer keys", keys=3, causal=True),
 )
 PARTS = (
-    _case("softcap", heads=4, kv_heads=2, softcap=3.0),
-    _case("sinks", heads=4, kv_heads=2, sinks=Tensor((4,))),
-    _case("softcap, sinks and bias", softcap=5.0, sinks=Tensor((4,)), bias=Tensor((1, 1, 7, 7))),
-    _case("one query, softcap", heads=4, kv_heads=1, queries=1, keys=9, softcap=2.0),
+    case("softcap", heads=4, kv_heads=2, softcap=3.0),
+    case("sinks", heads=4, kv_heads=2, sinks=Tensor((4,))),
+    case("softcap, sinks and bias", softcap=5.0, sinks=Tensor((4,)), bias=Tensor((1, 1, 7, 7))),
+    case("one query, softcap", heads=4, kv_heads=1, queries=1, keys=9, softcap=2.0),
 )
 
 KERNELS = (

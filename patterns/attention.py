@@ -48,17 +48,6 @@ def centred_weights(q: Tensor, k: Tensor) -> Tensor:
     return torch.softmax(scores - scores.max(dim=-1, keepdim=True).values, dim=-1)
 
 
-def zeroed_weights(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
-    """softmax(scores.masked_fill(hidden, -inf)).masked_fill(hidden, 0): rows without a key are 0, not nan"""
-    return ops.attention_weights(q, k, 1.0, ~hidden).masked_fill(hidden, 0.0)
-
-
-def zeroed_biased_weights(q: Tensor, k: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
-    """softmax((scores + bias).masked_fill(hidden, -inf)).masked_fill(hidden, 0) (CPM-Ant)"""
-    hiding = bias.masked_fill(hidden, float("-inf"))
-    return ops.attention_weights(q, k, 1.0, hiding).masked_fill(hidden, 0.0)
-
-
 def low_filled_weights(q: Tensor, k: Tensor, hidden: Tensor, fill: float) -> Tensor:
     """softmax(scores.masked_fill(hidden, -1e9))
 
@@ -111,6 +100,17 @@ def flat_weighted_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """weights @ v of heads that are rows of the batch"""
     (b, h, s, _), t = q.shape, k.shape[2]
     return torch.bmm(ops.attention_weights(q, k, 1.0).reshape(b * h, s, t), v)
+
+
+def zeroed_values(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    """softmax(scores.masked_fill(hidden, -inf)).masked_fill(hidden, 0) @ v: rows without a key are 0, not nan"""
+    return ops.attention_weights(q, k, 1.0, ~hidden).masked_fill(hidden, 0.0) @ v
+
+
+def zeroed_biased_values(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
+    """softmax((scores + bias).masked_fill(hidden, -inf)).masked_fill(hidden, 0) @ v (CPM-Ant)"""
+    hiding = bias.masked_fill(hidden, float("-inf"))
+    return ops.attention_weights(q, k, 1.0, hiding).masked_fill(hidden, 0.0) @ v
 
 
 def granite_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
@@ -271,17 +271,19 @@ RULES = (
     ),
     rule(centred_weights, _weights, _QK, carry=SCORES),
     rule(
-        zeroed_weights,
-        lambda q, k, hidden: ops.attention_weights(q, k, 1.0, ~hidden),
+        zeroed_values,
+        lambda q, k, v, hidden: ops.attention(q, k, v, 1.0, bias=~hidden),
         MASKED,
         carry=("scale", "softcap"),
+        v=T("... t e"),
         hidden=BOOL,
     ),
     rule(
-        zeroed_biased_weights,
-        lambda q, k, bias, hidden: ops.attention_weights(q, k, 1.0, bias.masked_fill(hidden, float("-inf"))),
+        zeroed_biased_values,
+        lambda q, k, v, bias, hidden: ops.attention(q, k, v, 1.0, bias=bias.masked_fill(hidden, float("-inf"))),
         MASKED,
         carry=("scale", "softcap"),
+        v=T("... t e"),
         bias=MASK,
         hidden=BOOL,
     ),

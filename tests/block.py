@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from graphopt import backend
+from tests.tolerances import TOLERANCE
 
 MERGED = 2  # weights that one block has prepared: Q, K, V in one and gate, up in one (no biases)
 
@@ -58,4 +59,5 @@ def counted() -> Iterator[dict[str, int]]:
 
 def agree(ours: torch.Tensor, eager: torch.Tensor) -> None:
     """Equal as far as fp32 sums in another order are."""
-    torch.testing.assert_close(ours, eager, rtol=1e-5, atol=2e-6)
+    rtol, atol = TOLERANCE[torch.float32]
+    torch.testing.assert_close(ours, eager, rtol=rtol, atol=atol)

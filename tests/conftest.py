@@ -1,12 +1,14 @@
 """What every test shares: Before / After of rules, refusals by name, modes and compiled code as they were."""
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 
 from graphopt import backend
 from graphopt import graph as g
+from graphopt.certificates import Certificates
 from graphopt.rewrite import Refusal
 from graphopt.rule import Rule
 from graphopt.translate import Translation
@@ -39,13 +41,26 @@ Rules = Sequence[Rule | Translation]
 
 
 @pytest.fixture
-def fresh() -> Iterator[None]:
-    """No compiled code and reports of other tests; no gradients."""
+def emptied() -> Iterator[None]:
+    """No compiled code, prepared weights or reports of other tests."""
     torch.compiler.reset()
+    backend.STORE.refresh()
     backend.clear_reports()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def fresh(emptied: None) -> Iterator[None]:
+    """No compiled code, prepared weights or reports of other tests; no gradients."""
     with torch.no_grad():
         yield
-    torch.compiler.reset()
+
+
+@pytest.fixture
+def own_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No certificates of other tests or of the user."""
+    monkeypatch.setattr(backend, "CERTIFICATES", Certificates(tmp_path / "verified"))
 
 
 @pytest.fixture

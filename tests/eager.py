@@ -17,6 +17,11 @@ Program: TypeAlias = "Callable[..., object]"
 Tensors: TypeAlias = "Sequence[torch.Tensor]"
 
 
+def x34() -> torch.Tensor:
+    """[3, 4]: -5.5 to 5.5."""
+    return torch.arange(12.0).reshape(3, 4) - 5.5
+
+
 def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are the same place in memory: one storage, and it is not empty."""
     return (

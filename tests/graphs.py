@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from graphopt import torch_private
-from graphopt.graph import set_val, val
+from graphopt.graph import dtype, placeholders, set_val, shape, val
 from graphopt.kernel import Case
 from tests.sketch import Sketch
 
@@ -89,3 +89,9 @@ def targets(gm: fx.GraphModule) -> list[object]:
 def calls(gm: fx.GraphModule, *wanted: object) -> list[fx.Node]:
     """The nodes that call one of the targets."""
     return [n for n in gm.graph.nodes if n.op == "call_function" and n.target in wanted]
+
+
+def values(gm: fx.GraphModule) -> list[torch.Tensor]:
+    """Random values for the placeholders, the same at each call."""
+    torch.manual_seed(0)
+    return [torch.randn(shape(n)).to(dtype(n)) for n in placeholders(gm.graph)]  # type: ignore[arg-type]  # ints

@@ -8,14 +8,10 @@ import torch
 from torch import Tensor
 
 from graphopt import ops
+from tests.tensors import rand
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (F32, BF16, F16, F64)
-
-
-def rand(*shape: int, dtype: torch.dtype = F32) -> Tensor:
-    """Normal numbers, the same at each call of the same shape."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=F32).to(dtype)
 
 
 def codes(*shape: int) -> Tensor:

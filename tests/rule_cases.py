@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from graphopt.translate import Translation
 TABLES = (RULES, *FUSIONS)  # what runs together
 EQUATIONS = tuple(r for r in RULES if isinstance(r, Rule))
 FUSED_EQUATIONS = tuple(r for table in FUSIONS for r in table if isinstance(r, Rule) and r not in EQUATIONS)
+NAMED = {r.name: r for r in EQUATIONS}
+by_rule = pytest.mark.parametrize("rule", (*EQUATIONS, *FUSED_EQUATIONS), ids=lambda r: r.name)
 TRANSLATIONS = tuple(r for r in RULES if isinstance(r, Translation))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -98,6 +101,12 @@ def dimensions(rule: Rule) -> tuple[str, ...]:
 def has_heads(rule: Rule) -> bool:
     """Whether its tensors are queries and keys: their leading dimensions are batch and heads, always."""
     return {"q", "k"} <= set(rule.specs)
+
+
+def small(rule: Rule, sizes: Mapping[str, int], dtype: torch.dtype = torch.float32) -> Point:
+    """One point of these sizes, with 4 for what leads; all dtype variables are one."""
+    lead = (4, 4) if has_heads(rule) else (4,)
+    return Point(sizes, lead, dtypes=dict.fromkeys(rule.dtype_variables(), dtype))
 
 
 def points(rule: Rule, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, Point]]:

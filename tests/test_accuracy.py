@@ -8,10 +8,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphopt import ops
 from graphopt.accuracy import TOLERANCE, judge, raise_to_fp64
+from tests import tolerances
 from tests.models import faults, zoo
 
 F = torch.nn.functional
 HALF = torch.bfloat16
+RTOL, ATOL = tolerances.TOLERANCE[torch.float64]
 
 
 def traced(function: Callable[..., object], *args: object) -> torch.fx.GraphModule:
@@ -182,7 +184,7 @@ def test_the_oracle_is_the_program_in_fp64(name: str) -> None:
     assert isinstance(found, torch.Tensor) and found.dtype == torch.float64
     in_fp64 = [x.double() if x.is_floating_point() else x for x in args]
     expected = truth(*in_fp64).double()
-    assert (found - expected).abs().max() < 1e-12
+    assert (found - expected).abs().max() < ATOL
     assert (function(*args).double() - expected).abs().max() > 1e-9, "exact as it is: nothing is shown"
 
 
@@ -200,7 +202,7 @@ def test_an_eps_that_is_not_given_stays_that_of_the_dtype(dtype: torch.dtype) ->
     for program in (lambda x: F.rms_norm(x, (8,)), lambda x: F.rms_norm(x, (8,), weight=w.to(x.dtype))):
         exact = raised(program, x.to(dtype))
         want = F.rms_norm(x.to(dtype).double(), (8,), eps=torch.finfo(torch.float32).eps)
-        torch.testing.assert_close(exact, want, rtol=1e-12, atol=0)
+        torch.testing.assert_close(exact, want, rtol=RTOL, atol=0)
 
 
 def test_mutated_inputs_are_cloned_and_shared_inputs_stay_one() -> None:
@@ -240,7 +242,7 @@ def test_half_precision_casts_are_what_double_misses() -> None:
     model.forward = lambda x: rms(x, torch.ones(33, dtype=x.dtype))  # casts to fp32 whatever it is given
     truth = F.rms_norm(x.double(), (33,), eps=1e-2)
     assert (model(x.double()) - truth).abs().max() > 1e-9
-    assert (raised(model.forward, x) - truth).abs().max() < 1e-13
+    assert (raised(model.forward, x) - truth).abs().max() < tolerances.NORM_IN_FP64
 
 
 # ------------------------------------------------------------------------------ the fixtures see each fault

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from graphopt.tools.zoo.census import expected_counts, recognised_counts
 from tests.block import MERGED, agree, block, counted, example
 from tests.generating import TOKENS, clean, compile_config, generate, strict_config
 from tests.models import zoo
+from tests.threads import in_threads
 
 # Two layers; in each Q, K, V and gate, up are merged, weights and biases.
 # Gemma-2's norms (9) have 1 + w prepared; GPT-2's Q, K, V are packed, and its weights stored [in, out].
@@ -155,30 +155,6 @@ def test_continuous_batching_under_enable() -> None:
 
 
 THREADS = 8
-PATIENCE = 300  # seconds; a thread that is not done by then waits for another
-
-
-def in_threads(*work: Callable[[], object]) -> None:
-    """Run all at once; raise what the first of them raised, or that one of them hangs."""
-    failures: list[BaseException] = []
-    start = threading.Barrier(len(work))
-
-    def run(task: Callable[[], object]) -> None:
-        try:
-            start.wait()
-            with torch.no_grad():
-                task()
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=run, args=(task,), daemon=True) for task in work]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
-    if failures:
-        raise failures[0]
-    assert not any(thread.is_alive() for thread in threads), "deadlock"
 
 
 def test_threads_compile_and_run_their_own_models_at_once() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,13 +20,7 @@ from tests.tolerances import close
 
 aten = torch.ops.aten
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    backend.clear_reports()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("emptied")
 
 
 def x(*shape: int) -> Tensor:

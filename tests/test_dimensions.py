@@ -15,19 +15,18 @@ from graphopt.accuracy import raise_to_fp64
 from graphopt.rule import Rule
 from tests.rewriting import canonical, outputs, rewritten
 from tests.rule_cases import (
-    EQUATIONS,
-    FUSED_EQUATIONS,
     SQUARE,
     TIDY,
     Point,
     arguments,
-    has_heads,
+    by_rule,
     pattern_of,
+    small,
     table_of,
     tensors,
 )
+from tests.tolerances import IN_FP64
 
-RULES = (*EQUATIONS, *FUSED_EQUATIONS)
 OTHER = {torch.float32: torch.bfloat16, torch.bool: torch.float32, torch.int64: torch.int32}
 
 
@@ -46,13 +45,12 @@ def retensored(rule: Rule, at: Point) -> Iterator[tuple[str, dict[str, object]]]
             yield f"{name} is {OTHER[x.dtype]}", {**values, name: x.to(OTHER[x.dtype])}
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
+@by_rule
 @pytest.mark.filterwarnings("ignore")
 def test_another_tensor_is_refused_or_right(rule: Rule) -> None:
     tried = 0
     for sizes in (TIDY, SQUARE):
-        at = Point(sizes, lead=(4, 4) if has_heads(rule) else (4,))
-        for label, values in retensored(rule, at):
+        for label, values in retensored(rule, small(rule, sizes)):
             model, inputs = pattern_of(rule, values)
             try:
                 eager = outputs(model(*inputs))
@@ -68,5 +66,5 @@ def test_another_tensor_is_refused_or_right(rule: Rule) -> None:
             pairs = zip(raise_to_fp64(before)(*inputs), raise_to_fp64(after)(*inputs), strict=True)
             for want, have in pairs:
                 worst = f"{label}\n{before.graph}\n{after.graph}"
-                torch.testing.assert_close(have, want, rtol=1e-9, atol=1e-9, equal_nan=True, msg=worst)
+                torch.testing.assert_close(have, want, equal_nan=True, msg=worst, **IN_FP64)
     assert tried

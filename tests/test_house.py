@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tolerance_lint import own_tolerances
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("patterns", "kernels", "lowering")
 FOLDERS = ("graphopt", *ROOMS, "tests", "bench")
@@ -281,6 +283,7 @@ CHECKS: dict[Check, tuple[str, ...]] = {
     module_paths: SHIPPED,
     abstract_values: SHIPPED,
     first_line: FOLDERS,
+    own_tolerances: ("tests", "bench"),
 }
 
 # Each check, a file that it must reject and one that it must let pass.
@@ -337,6 +340,19 @@ SNIPPETS = {
         ("graphopt.match", "# a comment\n'''A sentence.'''"),
         ("graphopt.match", "'''no full stop'''"),
     ),
+    own_tolerances: (
+        ("tests.test_ops", "assert_close(x, y, rtol=0, atol=2e-2)"),
+        ("tests.test_ops", "assert torch.allclose(x, y, 1e-3)"),
+        ("tests.test_ops", "assert_close(x, y, **{'rtol': 1, 'atol': 0})"),
+        ("tests.test_ops", "assert x == approx(y, rel=0.5)"),
+        ("tests.test_ops", "assert_close(x, y, rtol=1e-4 if half else 0, atol=0)"),
+        ("tests.test_ops", "CLOSE = 1e-9\nassert_close(x, y, rtol=CLOSE, atol=CLOSE)"),
+        ("tests.test_ops", "def f():\n    most: float = 1e-4\n    assert 2 * most >= (x - y).abs().max()"),
+        ("tests.test_ops", "assert (x - y).abs().max() < 1e-4 * y.std()"),
+        ("bench.bench_ops", "if not difference <= 0.05:\n    fail()"),
+        ("tests.test_ops", "assert (missed <= 0.5 + 1e-4).all()"),
+        ("tests.test_ops", "assert cosine.min() >= 0.999"),
+    ),
 }
 INNOCENT = {
     wrong_arrows: (
@@ -375,6 +391,16 @@ INNOCENT = {
         ("graphopt.match", "node.meta['origin']; d['val']"),
     ),
     first_line: (("graphopt.match", "'''Say what it is: clearly,\non two lines at most.\n\nMore\n'''"),),
+    own_tolerances: (
+        ("tests.tolerances", "MOST = Miss(rtol=1e-3, atol=0.1)"),
+        ("tests.test_ops", "assert_close(x, y, rtol=0, atol=0)\nassert_close(x, y, **LAYER[2])"),
+        ("tests.test_ops", "rtol, atol = TOLERANCE[dtype]\nassert_close(x, y, rtol=rtol, atol=atol)"),
+        ("tests.test_ops", "assert (x - y).abs().max() < LOGITS * y.std()"),
+        ("tests.test_ops", "ops.rms_norm(x, w, 1e-6)\nassert node.eps == 1e-6 and len(x) < 5"),
+        ("tests.test_ops", "assert (x - y).abs().max() > 1e-2, 'the change cannot be seen'"),
+        ("tests.test_ops", "keep = torch.rand(2, 3) < 0.6\nassert held <= whole / 2 * 1.01"),
+        ("tests.test_ops", "assert x[..., 1] < y.mean(-1)"),
+    ),
 }
 
 

@@ -13,21 +13,11 @@ from graphopt import ops
 from graphopt.defaults import RULES
 from graphopt.rewrite import Refusal
 from tests.rewriting import canonical, rewritten, vocabulary
-from tests.rule_cases import EQUATIONS
+from tests.rule_cases import NAMED
+from tests.tensors import qkv, rand
 
 Rewrites = Callable[..., None]
 RefusalOf = Callable[..., Refusal]
-NAMED = {r.name: r for r in EQUATIONS}
-
-
-def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
-
-
-def qkv(b: int = 2, h: int = 2, s: int = 5, d: int = 64) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values."""
-    return rand(b, h, s, d), rand(b, h, s, d) + 0.1, rand(b, h, s, d) - 0.1
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

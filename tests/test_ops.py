@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from graphopt import graph, ops, torch_private
-from tests.op_cases import BF16, CASES, DTYPES, F32, Case, first_case, fused, rand, tensors
+from graphopt.ops import define
+from tests.op_cases import BF16, CASES, DTYPES, F32, Case, first_case, fused, tensors
+from tests.tensors import rand
 
 WRITERS = (ops.rope_write, ops.cache_write)  # lowering alone makes calls that change an argument
 
@@ -274,3 +276,16 @@ def test_function_without_a_schema_is_an_error() -> None:
     with pytest.raises(ValueError, match="type annotation"):
         ops.op(untyped)
     assert not hasattr(torch.ops.graphopt, "untyped")
+
+
+def test_a_fake_reads_what_the_op_has() -> None:
+    def shifted(x: Tensor, by: float, clamp: bool = True) -> Tensor:
+        return x + by
+
+    with pytest.raises(ValueError, match=r"the fake of shifted reads 'up'; the op has x, by, clamp"):
+        ops.op(fake=lambda x, up: x)(shifted)
+    read: list[object] = []
+    fake = define._by_name(shifted, lambda clamp, x: read.append((clamp, x)))
+    fake(1, by=2.0)  # type: ignore[arg-type]  # numbers do for tensors
+    fake(1, 2.0, False)  # type: ignore[arg-type]  # numbers do for tensors
+    assert read == [(True, 1), (False, 1)]

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from graphopt import ops
-from tests.op_cases import DTYPES, F32, F64, rand, swapped
+from tests.op_cases import DTYPES, F32, F64, swapped
+from tests.tensors import rand
 from tests.tolerances import close
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -21,6 +21,7 @@ from graphopt.defaults import RULES
 from tests.block import agree
 from tests.models import zoo
 from tests.rewriting import canonical, rewritten, vocabulary
+from tests.tensors import rand
 
 TESTS = Path(__file__).parent
 HERE = Path(__file__).name
@@ -61,7 +62,7 @@ BUGS: dict[str, tuple[tuple[str, str], ...]] = {
         ("passes/test_shard.py", "test_ranks_together_give_the_logits_of_one"),  # of 97 to 109 words
     ),
     "more ranks than kv heads (DeepSpeed#7259)": (
-        (FLOW, "test_few_kv_heads_are_copied_to_the_ranks_that_read_them"),
+        ("sharding/test_heads.py", "test_few_kv_heads_are_copied_to_the_ranks_that_read_them"),
     ),
     "shared expert and routed sum need one all-reduce": (
         (FLOW, "test_a_shared_expert_and_the_routed_sum_need_one_reduction"),
@@ -77,13 +78,13 @@ BUGS: dict[str, tuple[tuple[str, str], ...]] = {
     "graph break inside a layer (DeepSpeed#7942)": (
         (LIVE, "test_layers_compiled_one_by_one_share_their_graphs"),
     ),
-    "more than 64 arguments": (("test_backend.py", "test_more_than_64_arguments"),),
+    "more than 64 arguments": (("test_dynamo_graphs.py", "test_more_than_64_arguments"),),
     "1-token prompt, second call differs (DeepSpeed#2644)": (
         (HERE, "test_a_prompt_of_one_token_twice"),
         ("test_clients.py", "test_three_calls_of_generate_are_one_compile"),
     ),
     "injection that matched nothing and said nothing (DeepSpeed#4840)": (
-        ("test_backend.py", "test_a_recogniser_that_matches_nothing_warns"),
+        ("test_fallbacks.py", "test_a_recogniser_that_matches_nothing_warns"),
     ),
     "unknown packed QKV treated as another model's (DeepSpeed)": ((HERE, "test_packed_projections"),),
     "no query and one query": ((SHAPES, "test_any_size_and_layout_is_right"),),
@@ -97,11 +98,6 @@ def test_the_bug_has_a_test(bug: str) -> None:
     for file, name in BUGS[bug]:
         functions = [n for n in ast.parse((TESTS / file).read_text()).body if isinstance(n, ast.FunctionDef)]
         assert name in [f.name for f in functions], f"tests/{file} has no {name}"
-
-
-def rand(*shape: int) -> Tensor:
-    """Normal numbers, the same for a shape."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 @pytest.mark.parametrize("width", [16, 64])

@@ -14,9 +14,10 @@ from torch import fx
 import graphopt
 from graphopt import Canonicalize, Lower, Merge, Pipeline, Recognise, defaults
 from graphopt.errors import CaptureRefused, PipelineError, StrictError
-from graphopt.observe import Event, Matched, PassEnded, PassStarted, Warned
+from graphopt.observe import Matched, PassEnded, PassStarted, Warned
 from graphopt.pipeline import Context, passes_named
 from tests.block import MERGED, agree, block, example
+from tests.listening import Listener
 from tests.models import zoo
 from tests.tolerances import close
 
@@ -36,16 +37,6 @@ class Step:
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> None:
         self.edit(gm)
-
-
-class Listener:
-    """Keeps all events."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def on_event(self, event: Event) -> None:
-        self.events.append(event)
 
 
 # ---------------------------------------------------------------------------------------------- contracts

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import pickle
 import weakref
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,27 +12,16 @@ from torch import Tensor
 
 from graphopt import api, backend, defaults
 from graphopt import graph as g
-from graphopt.certificates import Certificates
 from graphopt.errors import GraphoptError, ReleasedError, RevertError
 from graphopt.passes.merge import Merge
 from graphopt.pipeline import Context
-from graphopt.report import PROGRAM, Report
+from graphopt.report import Report
 from graphopt.rewrite import Match
 from tests.block import MERGED, agree, block, example
 from tests.test_verify import Feed
 from tests.verifying import ran, wrong_translation
 
-
-@pytest.fixture(autouse=True)
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No compiled code, prepared weights, reports or certificates of other tests; no gradients."""
-    torch.compiler.reset()
-    backend.STORE.refresh()
-    backend.clear_reports()
-    monkeypatch.setattr(backend, "CERTIFICATES", Certificates(tmp_path / "verified"))
-    with torch.no_grad():
-        yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh", "own_certificates")
 
 
 def compiled(model: torch.nn.Module, **options: object) -> torch.nn.Module:
@@ -100,7 +87,7 @@ def test_a_program_that_is_gone_cannot_be_changed_and_holds_no_weight() -> None:
     ours(x)
     weight = weakref.ref(model.q.weight)
     report = backend.reports()[0]
-    program = vars(report)[PROGRAM]()
+    program = report.link.find()
     assert program is not None
     del ours, model
     torch.compiler.reset()

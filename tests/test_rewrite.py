@@ -19,9 +19,8 @@ from graphopt.place import Place, find_place
 from graphopt.rewrite import Rewriter
 from graphopt.rule import T, rule
 from tests.rewriting import Watch, canonical, rewritten, vocabulary
-from tests.rule_cases import EQUATIONS
+from tests.rule_cases import NAMED
 
-NAMED = {r.name: r for r in EQUATIONS}
 aten = torch.ops.aten
 
 

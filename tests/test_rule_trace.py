@@ -14,9 +14,8 @@ from graphopt.errors import RuleError
 from graphopt.passes.canonicalize import canonicalize
 from graphopt.rule import Float, Int, Part, Rule, Side, Symbolic, T, rule, variants
 from graphopt.rule_trace import needed_targets
-from tests.rule_cases import EQUATIONS
+from tests.rule_cases import NAMED
 
-NAMED = {r.name: r for r in EQUATIONS}
 aten = torch.ops.aten
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 

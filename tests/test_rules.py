@@ -21,23 +21,21 @@ from tests.rewriting import agree, canonical, outputs, rewritten, vocabulary
 from tests.rule_cases import (
     AROUND,
     DTYPES,
-    EQUATIONS,
-    FUSED_EQUATIONS,
     SQUARE,
     TIDY,
     Point,
     arguments,
+    by_rule,
     carried,
-    has_heads,
     pattern_of,
     points,
     run,
+    small,
     table_of,
     tensors,
 )
-from tests.tolerances import close
+from tests.tolerances import IN_FP64, close
 
-by_rule = pytest.mark.parametrize("rule", (*EQUATIONS, *FUSED_EQUATIONS), ids=lambda r: r.name)
 # Where a rule is right not to fire on its own pattern.
 UNFIRED = frozenset(
     {
@@ -204,12 +202,7 @@ def test_no_mutant_of_the_pattern_becomes_something_else(rule: Rule) -> None:
     """Wherever a rule, or the whole table, fires on a mutant of the pattern, its numbers and dtypes stay."""
     refused = 0
     for sizes, dtype in ((SQUARE, torch.float32), (TIDY, torch.float32), (SQUARE, torch.bfloat16)):
-        at = Point(
-            sizes,
-            lead=(4, 4) if has_heads(rule) else (4,),
-            dtypes=dict.fromkeys(rule.dtype_variables(), dtype),
-        )
-        model, inputs = pattern_of(rule, arguments(rule, at))
+        model, inputs = pattern_of(rule, arguments(rule, small(rule, sizes, dtype)))
         gm = canonical(model, *inputs)
         for label, mutant in mutants(gm):
             for rules in ((rule,), table_of(rule)) if sizes is SQUARE else ((rule,),):
@@ -223,7 +216,7 @@ def test_no_mutant_of_the_pattern_becomes_something_else(rule: Rule) -> None:
                     continue  # runs on abstract values alone: an index out of range
                 for want, have in zip(expected, numbers(after, inputs), strict=True):
                     worst = f"{label}\n{mutant.graph}\n{after.graph}"
-                    torch.testing.assert_close(have, want, rtol=1e-9, atol=1e-9, equal_nan=True, msg=worst)
+                    torch.testing.assert_close(have, want, equal_nan=True, msg=worst, **IN_FP64)
                 for want_value, have_value in zip(_returned(mutant), _returned(after), strict=True):
                     assert want_value == have_value, label
     assert refused > 4
@@ -306,5 +299,5 @@ def test_no_mutant_of_a_block_becomes_something_else(block: Callable[..., object
         except (RuntimeError, ValueError, IndexError):
             continue
         for want, have in zip(expected, numbers(after, inputs), strict=True):
-            torch.testing.assert_close(have, want, rtol=1e-9, atol=1e-9, equal_nan=True, msg=label)
+            torch.testing.assert_close(have, want, equal_nan=True, msg=label, **IN_FP64)
     assert changed > 10

@@ -7,7 +7,7 @@ import functools
 import json
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -24,20 +24,12 @@ from graphopt.rule import T, rule
 from graphopt.verify import Budget
 from tests.block import agree, block, example
 from tests.models import zoo
+from tests.tolerances import AUTOCAST, INT8
 from tests.verifying import late_sdpa, more_eps, ran, wrong_kernel, wrong_rule, wrong_translation
 
 HALF_AND_WHOLE = (torch.float32, torch.bfloat16)
 
-
-@pytest.fixture(autouse=True)
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No compiled code, prepared weights, reports or certificates of other tests."""
-    torch.compiler.reset()
-    backend.STORE.refresh()
-    backend.clear_reports()
-    monkeypatch.setattr(backend, "CERTIFICATES", Certificates(tmp_path / "verified"))
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("emptied", "own_certificates")
 
 
 def right(name: str, case: zoo.Case, dtype: torch.dtype, results: list[object]) -> None:
@@ -375,7 +367,7 @@ def test_an_optimized_model_with_int8_weights() -> None:
     x = torch.randn(3, 64)
     expected = model(x).detach()
     ours = api.optimize(model, quantize="int8", verify="first", strict=True)
-    assert torch.allclose(ours(x), expected, atol=0.05)
+    assert (ours(x) - expected).abs().max() < INT8
     first = backend.reports()[-1].verification
     assert first is not None and first.judged >= 4 and not first.taken_back and not first.made_up
     assert ["lossy" in n.reason for n in first.not_verified] == [True]
@@ -402,7 +394,7 @@ def test_a_program_called_under_autocast_is_verified_without() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         outcome = ran(model, lambda c: c(x), strict=True)
         expected = model(x)
-    torch.testing.assert_close(outcome.results[0], expected, rtol=2e-2, atol=2e-2)  # two roundings of bf16
+    torch.testing.assert_close(outcome.results[0], expected, **AUTOCAST)
     assert outcome.found.judged > 5
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import fx
 
 from graphopt.errors import WeightError
-from graphopt.observe import Event, Warned
 from graphopt.torch_private import new_fake_mode
 from graphopt.weights import Prepared, PreparePlan, WeightStore, prepared_weights
+from tests.listening import Listener
+from tests.threads import in_threads
 
 aten = torch.ops.aten
 
@@ -189,14 +190,6 @@ def test_a_new_tensor_at_a_dead_ones_address_is_prepared_anew(store: WeightStore
 
 
 def test_inference_tensors_are_prepared_at_each_call_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    class Listener:
-        def __init__(self) -> None:
-            self.messages: list[str] = []
-
-        def on_event(self, event: Event) -> None:
-            assert isinstance(event, Warned)
-            self.messages.append(event.message)
-
     listener = Listener()
     store = WeightStore(observers=(listener,))
     prepared = prepared_for(store)
@@ -207,8 +200,8 @@ def test_inference_tensors_are_prepared_at_each_call_and_said_once(caplog: pytes
         check(prepared, sources)
     check(prepared, sources)
     assert store.prepared == 3 and len(store) == 0
-    assert len(listener.messages) == len(caplog.messages) == 1
-    assert "layer.w0 was made under torch.inference_mode" in listener.messages[0]
+    assert len(listener.events) == len(listener.warnings) == len(caplog.messages) == 1
+    assert "layer.w0 was made under torch.inference_mode" in listener.warnings[0]
 
 
 def test_fake_and_meta_weights_work(store: WeightStore) -> None:
@@ -248,11 +241,7 @@ def test_threads_prepare_once() -> None:
         store, (PreparePlan(fx.GraphModule(torch.nn.Module(), graph), "slow", (0,), ("w",)),)
     )
     found: list[torch.Tensor] = []
-    threads = [threading.Thread(target=lambda: found.append(prepared(sources[0])[0])) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(*[lambda: found.append(prepared(sources[0])[0])] * 6)
     assert store.prepared == 1 and len({id(t) for t in found}) == 1
 
 

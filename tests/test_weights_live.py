@@ -6,7 +6,7 @@ import copy
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,16 +18,7 @@ from graphopt.accuracy import judge
 from tests.block import MERGED, Block, agree, block, counted, example
 from tests.tolerances import close
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """No compiled code, prepared weights or reports of other tests; no gradients, and strict throughout."""
-    torch.compiler.reset()
-    backend.clear_reports()
-    backend.STORE.refresh()
-    with torch.no_grad():
-        yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def compiled(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -68,24 +69,21 @@ def _attention_lse_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scale: float,
-    causal: bool = False,
-    offset: int = 0,
-    offset_tensor: Tensor | None = None,
-    window: int | None = None,
-    key_padding: Tensor | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    empty_rows_mean: bool = False,
+    offset_tensor: Tensor | None,
+    window: int | None,
+    key_padding: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     _check(q, k, v, offset_tensor, window, key_padding, bias, softcap, sinks)
     rows = q.shape[:3]
     return q.new_empty((*rows, v.shape[3])), q.new_empty(rows, dtype=wide(q.dtype))
 
 
-def _attention_fake(*args: Any, **kwargs: Any) -> Tensor:
-    return _attention_lse_fake(*args, **kwargs)[0]
+@functools.wraps(_attention_lse_fake)  # for its parameters
+def _attention_fake(*args: Any) -> Tensor:
+    return _attention_lse_fake(*args)[0]
 
 
 @op(fake=_attention_fake)

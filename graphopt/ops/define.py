@@ -6,6 +6,7 @@ Importing an op's file registers the op with torch: the one registration that im
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Callable
 from typing import ParamSpec, Protocol, TypeVar, cast, overload
@@ -54,13 +55,14 @@ def op(
 
     It serves fake and meta tensors too, unless `fake` says in less what comes out (checks, shapes, dtypes,
     strides): attention with symbolic sizes is traced in 55 ms through its reference, 6 ms through its fake.
-    `writes` names the arguments that the reference changes in place: only lowering makes such calls.
+    A fake has of the reference's parameters those that it reads. `writes` names the arguments that the
+    reference changes in place: only lowering makes such calls.
 
-    Raises ValueError where the signature has no operator schema, and where the name has another schema
-    already.
+    Raises ValueError where the signature has no operator schema, where the name has another schema already,
+    and where the fake reads what the reference has not.
     """
     if reference is None:
-        return lambda function: _public(function, fake or function, writes)
+        return lambda function: _public(function, _by_name(function, fake) if fake else function, writes)
     return _public(reference, reference, ())
 
 
@@ -76,6 +78,21 @@ def _public(reference: Callable[P, R], fake: Callable[..., R], writes: tuple[str
     public.reference = reference
     public.overload = target
     return public
+
+
+def _by_name(reference: Callable[P, R], fake: Callable[..., R]) -> Callable[P, R]:
+    """fake(x, weight)  ->  called as reference(x, weight, eps): it gets the arguments that it names."""
+    signature, read = inspect.signature(reference), tuple(inspect.signature(fake).parameters)
+    if unknown := [name for name in read if name not in signature.parameters]:
+        known = ", ".join(signature.parameters)
+        raise ValueError(f"the fake of {reference.__name__} reads {unknown[0]!r}; the op has {known}")
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        return fake(*(given.arguments[name] for name in read))
+
+    return call
 
 
 def schema_of(reference: Callable[..., object], writes: tuple[str, ...] = ()) -> str:

@@ -73,9 +73,6 @@ def _fused_linear_fake(
     bias: Tensor | None,
     norm: str | None,
     norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    weight_offset: float,
     cast_before_scale: bool,
     activation: str | None,
     gated: bool,
@@ -135,12 +132,7 @@ def fused_linear(
 
 
 def _rms_norm_residual_fake(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    cast_before_scale: bool,
-    residual: Tensor,
+    x: Tensor, weight: Tensor | None, cast_before_scale: bool, residual: Tensor
 ) -> Tensor:
     promotes = weight is not None and cast_before_scale
     return (x if weight is None or not promotes else x * weight) + residual
@@ -229,15 +221,8 @@ def _rope_write_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    rotary_dim: int,
-    interleaved: bool,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    cast_before_scale: bool,
     k_cache: Tensor,
     v_cache: Tensor,
     position: Tensor | None,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,7 +21,18 @@ def _require_ids(name: str, ids: Tensor, rank: int, rows: int) -> None:
     require_size(name, "rows of ids", ids.shape[0], rows)
 
 
-def _check_product(x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None) -> None:
+def _empty(sizes: Callable[..., tuple[int, int]]) -> Callable[..., Tensor]:
+    """The fake of an op whose result has x's dtype and these sizes of the arguments."""
+
+    @functools.wraps(sizes)  # for the names of the arguments
+    def fake(x: Tensor, *others: object) -> Tensor:
+        return x.new_empty(sizes(x, *others))
+
+    return fake
+
+
+def _product_sizes(x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    """[S, N]. Raises ValueError for what does not fit together."""
     name = "expert_matmul"
     require_floating(name, x=x, weight=weight)
     require_rank(name, 2, x=x)
@@ -29,14 +43,10 @@ def _check_product(x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None) 
         require_rank(name, 2, bias=bias)
         require_size(name, "experts of bias", bias.shape[0], weight.shape[0])
         require_size(name, "last size of bias", bias.shape[1], weight.shape[2])
+    return x.shape[0], weight.shape[2]
 
 
-def _expert_matmul_fake(x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None = None) -> Tensor:
-    _check_product(x, weight, ids, bias)
-    return x.new_empty((x.shape[0], weight.shape[2]))
-
-
-@op(fake=_expert_matmul_fake)
+@op(fake=_empty(_product_sizes))
 def expert_matmul(x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None = None) -> Tensor:
     """x[s] @ weight[ids[s]] + bias[ids[s]]: each row is multiplied with the matrix that it chooses.
 
@@ -47,10 +57,10 @@ def expert_matmul(x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None = 
     Source: torch._grouped_mm (rows sorted by id), batched_mm_experts_forward in transformers.
     Raises ValueError where ranks or sizes do not fit, or ids are not int64.
     """
-    _check_product(x, weight, ids, bias)
+    sizes = _product_sizes(x, weight, ids, bias)
     dtype = wide(x.dtype)
     h = x.to(dtype)
-    result = h.new_zeros((x.shape[0], weight.shape[2]))
+    result = h.new_zeros(sizes)
     for e in range(weight.shape[0]):
         y = h @ weight[e].to(dtype)
         if bias is not None:
@@ -59,7 +69,7 @@ def expert_matmul(x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None = 
     return result.to(x.dtype)
 
 
-def _check_experts(
+def _experts_sizes(
     x: Tensor,
     ids: Tensor,
     routing: Tensor | None,
@@ -69,7 +79,8 @@ def _check_experts(
     gated: bool,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
-) -> None:
+) -> tuple[int, int]:
+    """[T, N]. Raises ValueError for what does not fit together."""
     name = "experts"
     require_kind(kind)
     require_floating(name, x=x, gate_up=gate_up, down=down)
@@ -89,27 +100,10 @@ def _check_experts(
             require_rank(name, 2, **{which: bias})
             require_size(name, f"experts of {which}", bias.shape[0], weight.shape[0])
             require_size(name, f"last size of {which}", bias.shape[1], weight.shape[1])
+    return x.shape[0], down.shape[1]
 
 
-def _experts_fake(
-    x: Tensor,
-    ids: Tensor,
-    routing: Tensor | None,
-    gate_up: Tensor,
-    down: Tensor,
-    kind: str,
-    gated: bool = True,
-    interleaved: bool = False,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    limit: float | None = None,
-    up_offset: float = 0.0,
-) -> Tensor:
-    _check_experts(x, ids, routing, gate_up, down, kind, gated, gate_up_bias, down_bias)
-    return x.new_empty((x.shape[0], down.shape[1]))
-
-
-@op(fake=_experts_fake)
+@op(fake=_empty(_experts_sizes))
 def experts(
     x: Tensor,
     ids: Tensor,
@@ -138,11 +132,11 @@ def experts(
     limit) in transformers; fused_moe in vLLM.
     Raises ValueError where ranks or sizes do not fit, ids are not int64, or the kind is unknown.
     """
-    _check_experts(x, ids, routing, gate_up, down, kind, gated, gate_up_bias, down_bias)
+    sizes = _experts_sizes(x, ids, routing, gate_up, down, kind, gated, gate_up_bias, down_bias)
     dtype = wide(x.dtype)
     h = x.to(dtype)
     shares = torch.ones_like(ids, dtype=dtype) if routing is None else routing.to(dtype)
-    result = h.new_zeros((x.shape[0], down.shape[1]))
+    result = h.new_zeros(sizes)
     for e in range(down.shape[0]):
         mine = ids == e
         y = F.linear(h, gate_up[e].to(dtype), None if gate_up_bias is None else gate_up_bias[e].to(dtype))

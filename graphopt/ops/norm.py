@@ -21,9 +21,7 @@ def _check(name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None = No
         require_size(name, f"size of {which}", tensor.shape[0], x.shape[-1])
 
 
-def _rms_norm_fake(
-    x: Tensor, weight: Tensor | None, eps: float, weight_offset: float = 0.0, cast_before_scale: bool = True
-) -> Tensor:
+def _rms_norm_fake(x: Tensor, weight: Tensor | None, cast_before_scale: bool) -> Tensor:
     _check("rms_norm", x, weight)
     return weight * x if weight is not None and cast_before_scale else torch.empty_like(x)
 
@@ -59,16 +57,11 @@ def _shifted(weight: Tensor, offset: float) -> Tensor:
 
 
 def _add_rms_norm_fake(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    weight_offset: float = 0.0,
-    cast_before_scale: bool = True,
+    x: Tensor, residual: Tensor, weight: Tensor | None, cast_before_scale: bool
 ) -> tuple[Tensor, Tensor]:
     _check("add_rms_norm", x, None)
     total = x + residual
-    return _rms_norm_fake(total, weight, eps, weight_offset, cast_before_scale), total
+    return _rms_norm_fake(total, weight, cast_before_scale), total
 
 
 @op(fake=_add_rms_norm_fake)
@@ -90,7 +83,7 @@ def add_rms_norm(
     return rms_norm.reference(total, weight, eps, weight_offset, cast_before_scale), total
 
 
-def _layer_norm_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def _layer_norm_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     _check("layer_norm", x, weight, bias)
     return torch.empty_like(x)
 
@@ -117,11 +110,11 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def _add_layer_norm_fake(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     _check("add_layer_norm", x, None)
     total = x + residual
-    return _layer_norm_fake(total, weight, bias, eps), total
+    return _layer_norm_fake(total, weight, bias), total
 
 
 @op(fake=_add_layer_norm_fake)

@@ -24,9 +24,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> N
             require_size("rope", f"last size of {which}", table.shape[2], rotary_dim)
 
 
-def _rope_fake(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool = False
-) -> tuple[Tensor, Tensor]:
+def _rope_fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> tuple[Tensor, Tensor]:
     _check(q, k, cos, sin, rotary_dim)
     return q.new_empty(q.shape), k.new_empty(k.shape)
 

@@ -17,7 +17,7 @@ from graphopt.journal import from_environment
 from graphopt.observe import Observer, PassStarted, emit
 from graphopt.options import Options
 from graphopt.pipeline import passes_named
-from graphopt.report import RECOGNISED, Report
+from graphopt.report import RECOGNISED, Link, Report
 from graphopt.tools.ask import ask
 from graphopt.tools.snapshots import CAPTURED
 
@@ -47,7 +47,7 @@ def explain(
         program, defaults.context(observers=from_environment())
     )
     check_expected(report, options.expect)
-    report.rerun = partial(ask, program)
+    report.link = Link(ask=partial(ask, program))
     return report
 
 

@@ -15,8 +15,7 @@ from graphopt.accuracy import judge, raise_to_fp64
 from graphopt.capture import capture
 from graphopt.defaults import context, pipeline
 from graphopt.observe import Event, PassStarted
-
-EXACT = 1e-9  # what sums in another order may differ by in fp64
+from tests.tolerances import IN_FP64
 
 
 @dataclass
@@ -64,7 +63,7 @@ def _same(where: str, want: object, have: object) -> None:
     if want.shape != have.shape:
         raise Wrong(f"{where}: shape {list(have.shape)}, not {list(want.shape)}")
     try:
-        torch.testing.assert_close(have.double(), want.double(), rtol=EXACT, atol=EXACT, equal_nan=True)
+        torch.testing.assert_close(have.double(), want.double(), equal_nan=True, **IN_FP64)
     except AssertionError as error:
         raise Wrong(f"{where}: {error}".splitlines()[0] + f" {_worst(want, have)}") from None
 

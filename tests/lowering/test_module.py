@@ -15,11 +15,12 @@ from graphopt import ops
 from graphopt.accuracy import judge
 from graphopt.kernels import attention, cache, layer_norm, linear, mlp, rms_norm, rope
 from graphopt.lowering.module import Lower, Lowered, keep_output_strides, with_layout
-from graphopt.observe import Event, KernelChosen
+from graphopt.observe import KernelChosen
 from graphopt.passes.merge import Merge
 from graphopt.pipeline import Context, Pipeline
 from graphopt.weights import WeightStore
 from tests.graphs import Builder, calls
+from tests.listening import Listener
 from tests.tolerances import close
 
 aten = torch.ops.aten
@@ -188,13 +189,6 @@ def test_two_graphs_of_a_model_share_a_store() -> None:
 
 
 def test_every_choice_is_told_and_no_reference_is_left() -> None:
-    class Listener:
-        def __init__(self) -> None:
-            self.events: list[Event] = []
-
-        def on_event(self, event: Event) -> None:
-            self.events.append(event)
-
     listener = Listener()
     lowered(layers(1), observers=(listener,))
     chosen = [e for e in listener.events if isinstance(e, KernelChosen)]

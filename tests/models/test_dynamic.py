@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,13 +17,7 @@ LENGTHS = range(2, 22)
 BATCHES = (2, 1, 3, 5)
 HOW = ("dynamic", "mark", "automatic")
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """No compiled code of other tests."""
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("emptied")
 
 
 def shapes(how: str) -> list[tuple[int, int]]:

@@ -10,12 +10,9 @@ from graphopt.defaults import context
 from graphopt.passes.duplicates import merge_made
 from graphopt.passes.recognise import Recognise
 from tests.rewriting import canonical
+from tests.tensors import rand
 
 aten = torch.ops.aten
-
-
-def rand(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def recognised(program: object, *args: Tensor) -> fx.GraphModule:

@@ -11,26 +11,15 @@ from torch import fx, nn
 from graphopt import backend, ops
 from graphopt import graph as g
 from graphopt.lowering.fold import fold
-from graphopt.observe import Event, Matched, Refused
+from graphopt.observe import Matched
 from graphopt.passes.merge import LINEAR, RULE, Merge
 from graphopt.pipeline import Context
 from graphopt.weights import WeightStore
-from tests.graphs import Builder, calls
+from tests.graphs import Builder, calls, values
+from tests.listening import Listener
 from tests.tolerances import close
 
 aten = torch.ops.aten
-
-
-class Listener:
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def on_event(self, event: Event) -> None:
-        self.events.append(event)
-
-    @property
-    def reasons(self) -> list[str]:
-        return [e.refusal.reason for e in self.events if isinstance(e, Refused)]
 
 
 def siblings(
@@ -47,11 +36,6 @@ def siblings(
         b = build.weight(f"b{i}", n) if with_bias else None
         outs.append(build.call(aten.neg.default, build.call(LINEAR, x, w, b, path=path)))
     return build.done(*outs)
-
-
-def values(gm: fx.GraphModule) -> list[torch.Tensor]:
-    torch.manual_seed(0)
-    return [torch.randn(g.shape(n)).to(g.dtype(n)) for n in g.placeholders(gm.graph)]  # type: ignore[arg-type]  # ints
 
 
 def merged(gm: fx.GraphModule, **context: object) -> tuple[fx.GraphModule, Listener]:

@@ -11,7 +11,7 @@ from graphopt import ops
 from graphopt.errors import OptionError, PipelineError, WeightError
 from graphopt.flops import flops
 from graphopt.lowering.fold import fold
-from graphopt.observe import Event, Matched, Refused, Warned
+from graphopt.observe import Matched
 from graphopt.ops.quantized import dequantized
 from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.merge import Merge
@@ -19,31 +19,12 @@ from graphopt.passes.quantize import LINEAR, Quantize, named
 from graphopt.passes.recognise import Recognise
 from graphopt.pipeline import Context, Pipeline
 from graphopt.weights import Prepared, WeightStore
-from tests.graphs import Builder, calls
+from tests.graphs import Builder, calls, values
+from tests.listening import Listener
 from tests.tolerances import close
 
 aten = torch.ops.aten
 INT8, PACK, SCALES = ops.linear_int8.overload, ops.pack_int8.overload, ops.scales_int8.overload
-
-
-class Listener:
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def on_event(self, event: Event) -> None:
-        self.events.append(event)
-
-    @property
-    def reasons(self) -> list[str]:
-        return [e.refusal.reason for e in self.events if isinstance(e, Refused)]
-
-    @property
-    def ids(self) -> list[str]:
-        return [e.match.id for e in self.events if isinstance(e, Matched)]
-
-    @property
-    def warnings(self) -> list[str]:
-        return [e.message for e in self.events if isinstance(e, Warned)]
 
 
 def linears(*sizes: tuple[int, int], bias: bool = False, path: str = "layers.{i}.mlp.up") -> fx.GraphModule:
@@ -56,11 +37,6 @@ def linears(*sizes: tuple[int, int], bias: bool = False, path: str = "layers.{i}
         b = build.weight(f"{at}.bias", n) if bias else None
         outs.append(build.call(aten.neg.default, build.call(LINEAR, x, w, b, path=at)))
     return build.done(*outs)
-
-
-def values(gm: fx.GraphModule) -> list[torch.Tensor]:
-    torch.manual_seed(0)
-    return [torch.randn(g.shape(n)).to(g.dtype(n)) for n in g.placeholders(gm.graph)]  # type: ignore[arg-type]  # ints
 
 
 def quantized(

@@ -16,6 +16,7 @@ from graphopt.passes.canonicalize import canonicalize
 from graphopt.passes.recognise import Recognise
 from graphopt.pipeline import Context
 from tests.rewriting import Watch, canonical, vocabulary
+from tests.tolerances import LAYER
 
 
 class Layer(nn.Module):
@@ -123,8 +124,7 @@ def test_a_layer_is_recognised_completely(dtype: torch.dtype, batch: int, length
     if dtype == torch.float64:  # its cast to fp32 makes the lowest number -inf: a row without keys is nan
         found, expected = found.nan_to_num()[~expected.isnan()], expected[~expected.isnan()]
     precise = dtype in (torch.float32, torch.float64)
-    atol = 1e-5 if precise else 0.05  # seven linears in half; the accuracy rule judges this in tests/models
-    torch.testing.assert_close(found, expected, rtol=1e-4 if precise else 0.05, atol=atol)
+    torch.testing.assert_close(found, expected, **LAYER[precise])
 
 
 def test_the_mask_becomes_arguments() -> None:

@@ -23,10 +23,10 @@ from graphopt.sharding.lockstep import lockstep
 from tests.graphs import calls
 from tests.sharding.drawing import gathers, reductions
 from tests.sharding.models import LAYERS, captured, given, model
+from tests.tolerances import LOGITS
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2", "bert")
 LINEAR = ops.linear.overload
-LOGITS = 1e-4  # fp32, of a standard deviation near 1
 KV_HEADS = {"llama": 2, "qwen3": 2, "gemma2": 2, "gpt2": 4, "bert": 4}
 
 
