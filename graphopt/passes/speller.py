@@ -57,11 +57,23 @@ class Speller:
         """Respell one old node."""
         if node.op == "output":
             self.output(node)
+        elif node.op == "get_attr":
+            self.env[node] = self.constant(node)
         elif node.op != "call_function":
             new = self.graph.node_copy(node, self.argument)  # type: ignore[arg-type]  # no arguments here
             self.env[node] = self.size(new)
         else:
             self.env[node] = self.size_call(node) if _is_size(node) else self.call(node)
+
+    def constant(self, node: fx.Node) -> fx.Node:
+        """A tensor that the graph holds; `torch.tensor(0)` of each layer is one."""
+        value = getattr(node.graph.owning_module, str(node.target), None)
+        key: object = node.target
+        if type(value) is torch.Tensor and value.numel() == 1 and not value.is_meta:
+            key = ("constant", value.dtype, value.device, tuple(value.shape), argument_key(value.item()))
+        if key not in self.known:
+            self.known[key] = self.graph.node_copy(node)
+        return self.known[key]
 
     def call(self, node: fx.Node) -> Result:
         """A call on tensors: by its row of the table, else with its arguments filled in."""
