@@ -55,6 +55,12 @@ def divided_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return h if weight is None else weight * h
 
 
+def half_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) in half precision all the way (ImageGPT), or without a weight."""
+    h = x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return h if weight is None else weight * h
+
+
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """x * weight + bias, each where there is one."""
     x = x if weight is None else x * weight
@@ -149,6 +155,16 @@ RULES = (
         x=T("... n"),
         weight=T("n", "W", optional=True),
         eps=_EPS,
+    ),
+    *(
+        rule(
+            half_rms_norm,
+            lambda x, weight, eps: ops.rms_norm(x, weight, eps, 0.0, True),
+            x=T("... n", half),
+            weight=T("n", half, optional=True),
+            eps=_EPS,
+        )
+        for half in ("bfloat16", "float16")
     ),
     rule(
         llama_rms_norm,

@@ -31,11 +31,31 @@ def llama_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
     return turned_q.to(q.dtype), turned_k.to(k.dtype)
 
 
+def token_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As Llama's, of [batch, length, heads, head_dim] (Gemma 4, the indexers of sparse attention)"""
+    c, s = cos.unsqueeze(2), sin.unsqueeze(2)
+    turned_q, turned_k = q * c + _half_turned(q) * s, k * c + _half_turned(k) * s
+    return turned_q.to(q.dtype), turned_k.to(k.dtype)
+
+
+def backward_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As Llama's, by the negative angles: x * cos + cat(x[half:], -x[:half]) * sin (NanoChat)"""
+    c, s, half = cos.unsqueeze(1), sin.unsqueeze(1), q.shape[-1] // 2
+    turned_q = q * c + torch.cat((q[..., half:], -q[..., :half]), dim=-1) * s
+    turned_k = k * c + torch.cat((k[..., half:], -k[..., :half]), dim=-1) * s
+    return turned_q.to(q.dtype), turned_k.to(k.dtype)
+
+
 def paired_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Neighbouring pairs are rotated; cos and sin come with each angle twice."""
     c, s = cos.unsqueeze(1), sin.unsqueeze(1)
     turned_q, turned_k = q * c + _pair_turned(q) * s, k * c + _pair_turned(k) * s
     return turned_q.to(q.dtype), turned_k.to(k.dtype)
+
+
+def roformer_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Neighbouring pairs; cos and sin have a dimension for the heads already"""
+    return q * cos + _pair_turned(q) * sin, k * cos + _pair_turned(k) * sin
 
 
 def upcast_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,6 +75,12 @@ def glm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Te
     half = cos.shape[-1] // 2
     c, s = _spread(cos.unsqueeze(1)[..., :half]), _spread(sin.unsqueeze(1)[..., :half])
     turned_q, turned_k = q * c + _pair_turned(q) * s, k * c + _pair_turned(k) * s
+    return turned_q.to(q.dtype), turned_k.to(k.dtype)
+
+
+def ernie_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As GLM's, in fp32 whatever q is."""
+    turned_q, turned_k = glm_rope(q.float(), k.float(), cos, sin)
     return turned_q.to(q.dtype), turned_k.to(k.dtype)
 
 
@@ -99,6 +125,14 @@ def deepseek_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
     return turned_q.to(q.dtype), turned_k.to(k.dtype)
 
 
+def token_deepseek_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As DeepSeek's, of [batch, length, heads, head_dim] (GLM's indexer)"""
+    c, s = cos[..., : cos.shape[-1] // 2].unsqueeze(2), sin[..., : sin.shape[-1] // 2].unsqueeze(2)
+    turned_q = _turned_halves(q[..., ::2], q[..., 1::2], c, s)
+    turned_k = _turned_halves(k[..., ::2], k[..., 1::2], c, s)
+    return turned_q.to(q.dtype), turned_k.to(k.dtype)
+
+
 def _multiplied(pairs: Tensor, turn: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(3)
 
@@ -130,11 +164,22 @@ def _even(binding: Binding) -> str | None:
 
 
 _TABLE = T("b|1 s d", "C")
+_HEADS_LATER = {"q": T("b s h d"), "k": T("b s hk d"), "cos": _TABLE, "sin": _TABLE}
 _HEADS = {"q": T("b h s d"), "k": T("b hk s d"), "cos": _TABLE, "sin": _TABLE}
 
 
 def _whole(interleaved: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     return lambda q, k, cos, sin: ops.rope(q, k, cos, sin, cos.shape[-1], interleaved)
+
+
+def _of_tokens(turned: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What is turned with the heads first, of q and k that have the tokens first."""
+
+    def tokens_first(q: Tensor, k: Tensor, **tables: Tensor) -> tuple[Tensor, Tensor]:
+        turned_q, turned_k = turned(q.transpose(1, 2), k.transpose(1, 2), **tables)
+        return turned_q.transpose(1, 2), turned_k.transpose(1, 2)
+
+    return tokens_first
 
 
 def _glm(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,11 +205,6 @@ def _complex(q: Tensor, k: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
     return ops.rope(q.flatten(3), k.flatten(3), cos, sin, cos.shape[-1], True)
 
 
-def _complex_tokens(q: Tensor, k: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
-    turned_q, turned_k = _complex(q.transpose(1, 2), k.transpose(1, 2), turn)
-    return turned_q.transpose(1, 2), turned_k.transpose(1, 2)
-
-
 _TURN = T("b|1 s r", "complex64")
 _TOKENS = {"cos": T("b|1 s r"), "sin": T("b|1 s r")}
 _ONCE = {"cos": T("b|1 s r", "C"), "sin": T("b|1 s r", "C")}
@@ -172,13 +212,29 @@ _ONCE = {"cos": T("b|1 s r", "C"), "sin": T("b|1 s r", "C")}
 RULES = (
     *(rule(pattern, _whole(False), _HEADS, guard=_even) for pattern in (llama_rope, upcast_rope)),
     *(rule(pattern, _whole(True), _HEADS) for pattern in (paired_rope, cohere_rope)),
-    rule(glm_rope, _glm, _HEADS, guard=_even),
+    rule(token_rope, _of_tokens(_whole(False)), _HEADS_LATER, guard=_even),
+    rule(token_deepseek_rope, _of_tokens(_deepseek), _HEADS_LATER, guard=_even),
+    rule(
+        backward_rope,
+        lambda q, k, cos, sin: ops.rope(q, k, cos, -sin, cos.shape[-1]),
+        _HEADS,
+        guard=_even,
+    ),
+    rule(
+        roformer_rope,
+        lambda q, k, cos, sin: ops.rope(q, k, cos[:, 0], sin[:, 0], cos.shape[-1], True),
+        q=T("b h s d"),
+        k=T("b hk s d"),
+        cos=T("b|1 1 s d"),
+        sin=T("b|1 1 s d"),
+    ),
+    *(rule(pattern, _glm, _HEADS, guard=_even) for pattern in (glm_rope, ernie_rope)),
     rule(deepseek_rope, _deepseek, _HEADS, guard=_even),
     rule(gpt_oss_rope, _gpt_oss, _ONCE, q=T("b h s 2*r"), k=T("b hk s 2*r")),
     rule(complex_rope, _complex, q=T("b h s r 2", "float32"), k=T("b hk s r 2", "float32"), turn=_TURN),
     rule(
         complex_token_rope,
-        _complex_tokens,
+        _of_tokens(_complex),
         q=T("b s h r 2", "float32"),
         k=T("b s hk r 2", "float32"),
         turn=_TURN,
@@ -191,6 +247,19 @@ RULES = (
         q=T("b s h d"),
         k=T("b s hk d"),
         r=Int(3),
+    ),
+    # Half q and tables in fp32: what is turned is fp32, and so is the whole head.
+    *(
+        rule(
+            gptj_partial_rope,
+            lambda q, k, cos, sin, r: _gptj(q.float(), k.float(), cos, sin),
+            q=T("b s h d", half),
+            k=T("b s hk d", half),
+            cos=T("b|1 s r", "float32"),
+            sin=T("b|1 s r", "float32"),
+            r=Int(3),
+        )
+        for half in ("bfloat16", "float16")
     ),
     rule(
         partial_rope,
