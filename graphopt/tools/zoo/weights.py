@@ -58,7 +58,10 @@ def scale(model: nn.Module, given: Mapping[str, torch.Tensor]) -> None:
                     outputs = model(**given)
                 targets = [(x, LOGIT_STD) for x in seen.logits if x.numel() > 1 and x.requires_grad]
                 targets += [(x, OUTPUT_STD) for x in _floats(outputs)[:1] if x.requires_grad]
-                changes = [_change(x, wanted, weights) for x, wanted in targets]
+                try:
+                    changes = [_change(x, wanted, weights) for x, wanted in targets]
+                except AssertionError:  # reversible layers have gradients in training only: unit gain stays
+                    return
             for weight, factor in filter(None, changes):
                 weight.data.mul_(factor)
     finally:
