@@ -57,7 +57,9 @@ SIZES_OF: Mapping[str, Mapping[str, object]] = MappingProxyType(
             "indexer_compress_ratio": 2,
         },
         "reformer": {"axial_pos_embds_dim": (24, 40), "axial_pos_shape": (8, 8)},
-        "shieldgemma2": {"yes_token_index": 5, "no_token_index": 7},
+        "shieldgemma2": {  # its checkpoints have no vision head; its tokens are in no default config
+            "yes_token_index": 5, "no_token_index": 7, "vision_config.vision_use_head": False,
+        },
         "videoprism": {"vision_config.tubelet_size": (1, 8, 8)},
         "wav2vec2-bert": {"vocab_size": 101},
         "wav2vec2-conformer": {"vocab_size": 101},
