@@ -16,6 +16,11 @@ SIZES_OF: Mapping[str, Mapping[str, object]] = MappingProxyType(
         },
         "blip-2": {"qformer_config.use_qformer_text_input": True},  # this head gives it the text
         "blt": {f"{part}_config.head_dim": 16 for part in ("patcher", "encoder", "decoder", "global")},
+        # A composite's parts whose values are not their class's own.
+        "canary": {"encoder_config.scale_input": False},
+        "cohere_asr": {"encoder_config.scale_input": False},
+        "nemo_speechlm": {"text_config.num_key_value_heads": 2, "text_config.routed_scaling_factor": 2.5},
+        "speech-encoder-decoder": {"decoder.is_decoder": True, "decoder.add_cross_attention": True},
         "cohere_compass_text": {
             "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
         },
@@ -43,7 +48,6 @@ SIZES_OF: Mapping[str, Mapping[str, object]] = MappingProxyType(
         "moonshine_streaming": {"num_key_value_heads": 4},  # has no default
         "moshi": {"codebook_size": 64},  # a power of two
         "mpnet": {"relative_attention_num_buckets": 32},  # its code says 32, whatever the config says
-        "nemo_speechlm": {"text_config.num_key_value_heads": 2},
         "nemotron": {"num_key_value_heads": 2},
         "neomme": {"head_dim": 32},  # a quarter of it rotates, in two axes
         "phi4_multimodal": {"audio_config.nemo_conv_channels": 16, "audio_config.ext_pw_out_channel": 32},
