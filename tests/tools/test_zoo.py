@@ -248,6 +248,30 @@ def test_what_a_model_keeps_in_fp32_stays() -> None:
     ]
 
 
+def test_buffers_are_in_the_dtype_that_their_class_makes_them_in() -> None:
+    class Tables(nn.Module):
+        def __init__(self, config: transformers.PretrainedConfig) -> None:
+            super().__init__()
+            self.config = config
+            self.register_buffer("positions", torch.ones(2))
+            self.register_buffer("frequencies", torch.ones(2, dtype=torch.float32))
+            self.register_buffer("places", torch.ones(2, dtype=torch.int64))
+            self.register_buffer("codec", torch.ones(2))
+
+    model = Tables(transformers.PretrainedConfig())
+    model._keep_in_fp32_modules_strict = ["codec"]  # type: ignore[assignment]
+    in_dtype(model, torch.bfloat16)
+    dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    assert dtypes == {
+        "positions": torch.bfloat16,
+        "frequencies": torch.float32,
+        "places": torch.int64,
+        "codec": torch.float32,
+    }
+    assert model.positions.tolist() == [1, 1] and torch.get_default_dtype() == torch.float32
+    assert model.config.dtype == torch.bfloat16
+
+
 # ------------------------------------------------------------------------------------------------ judging
 
 
