@@ -22,7 +22,6 @@ from graphopt.tools.zoo import drift, run
 from graphopt.tools.zoo.build import build, kinds, tiny_config, tiny_model, zoo_types
 from graphopt.tools.zoo.census import normalises, watching
 from graphopt.tools.zoo.command import update_golden
-from graphopt.tools.zoo.inputs import example, padding_mask
 from graphopt.tools.zoo.row import TOKENS, Row, Run
 from graphopt.tools.zoo.shrink import HEAD_DIM, VOCABULARY, shrink
 from graphopt.tools.zoo.sizes import SIZES_OF
@@ -67,6 +66,22 @@ def test_rotary_sections_fit_the_head() -> None:
     assert sum(config.rope_parameters["mrope_section"]) <= HEAD_DIM // 2
 
 
+def test_mel_bins_are_more_than_the_subsampling_swallows() -> None:
+    config = shrink(transformers.AutoConfig.for_model("parakeet_ctc")).encoder_config
+    assert config.num_mel_bins == 2 * config.subsampling_factor
+
+
+def test_sizes_that_differ_from_layer_to_layer_are_never_read_as_one() -> None:
+    config = shrink(transformers.AutoConfig.for_model("dots3_note_text"), SIZES_OF["dots3_note_text"])
+    latent, local = config.per_layer_config[0], config.per_layer_config[2]
+    assert latent.num_key_value_heads == latent.num_attention_heads == 4
+    assert local.kv_lora_rank > latent.kv_lora_rank
+
+
+def test_a_type_with_several_classes_of_a_head_gets_its_first() -> None:
+    assert type(build(tiny_config("deit"))).__name__ == kinds()["deit"].architecture
+
+
 def test_the_size_table_names_types_that_exist() -> None:
     newest = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
     unknown = SIZES_OF.keys() - kinds().keys()
@@ -85,42 +100,6 @@ def _typed(name: str) -> transformers.PretrainedConfig:
     config = transformers.PretrainedConfig()
     config.model_type = name
     return config
-
-
-# ------------------------------------------------------------------------------------------------ inputs
-
-
-def test_padding() -> None:
-    left, right = (padding_mask(3, 4, side) for side in ("left", "right"))
-    assert left.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]
-    assert torch.equal(left, right.flip(1))
-
-
-@pytest.mark.parametrize(
-    ("name", "keys"),
-    [
-        ("bert", {"input_ids", "attention_mask"}),
-        ("t5", {"input_ids", "attention_mask", "decoder_input_ids"}),
-        ("vit", {"pixel_values"}),
-        ("clip", {"input_ids", "attention_mask", "pixel_values"}),
-        ("whisper", {"input_features", "decoder_input_ids"}),
-        ("wav2vec2", {"input_values"}),
-        ("perceiver", {"inputs"}),
-    ],
-)
-def test_inputs_are_what_a_model_takes(name: str, keys: set[str]) -> None:
-    with torch.device("meta"):
-        model = build(tiny_config(name)).to("meta")  # some parameters ignore where they are asked to be
-    given = example(model, padding="left")
-    assert set(given) == keys and all(x.device.type == "meta" for x in given.values())
-
-
-def test_what_no_example_is_known_of_is_an_error() -> None:
-    class Odd(nn.Linear):
-        main_input_name, config = "smell", transformers.PretrainedConfig()
-
-    with pytest.raises(OptionError, match="Odd takes smell"):
-        example(Odd(2, 2))
 
 
 # ------------------------------------------------------------------------------------------------ census
@@ -238,6 +217,26 @@ def test_scaling_finds_the_weight_that_logits_are_proportional_to() -> None:
     assert not any(p.requires_grad for p in model.parameters())
 
 
+def test_what_has_no_gradient_keeps_unit_gain() -> None:
+    class Reversible(torch.autograd.Function):
+        @staticmethod
+        def forward(_: object, x: torch.Tensor) -> torch.Tensor:
+            return x * 9
+
+        @staticmethod
+        def backward(_: object, *__: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("only in training")
+
+    class Layers(nn.Linear):
+        def forward(self, input: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"y": Reversible.apply(super().forward(input))}
+
+    model = Layers(4, 4).requires_grad_(False)
+    weight = model.weight.clone()
+    scale(model, {"input": torch.randn(3, 4)})
+    assert torch.equal(model.weight, weight) and not model.weight.requires_grad
+
+
 def test_what_a_model_keeps_in_fp32_stays() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model._keep_in_fp32_modules_strict = {"1.weight"}  # type: ignore[assignment]
@@ -248,6 +247,30 @@ def test_what_a_model_keeps_in_fp32_stays() -> None:
         torch.float32,
         torch.bfloat16,
     ]
+
+
+def test_buffers_are_in_the_dtype_that_their_class_makes_them_in() -> None:
+    class Tables(nn.Module):
+        def __init__(self, config: transformers.PretrainedConfig) -> None:
+            super().__init__()
+            self.config = config
+            self.register_buffer("positions", torch.ones(2))
+            self.register_buffer("frequencies", torch.ones(2, dtype=torch.float32))
+            self.register_buffer("places", torch.ones(2, dtype=torch.int64))
+            self.register_buffer("codec", torch.ones(2))
+
+    model = Tables(transformers.PretrainedConfig())
+    model._keep_in_fp32_modules_strict = ["codec"]  # type: ignore[assignment]
+    in_dtype(model, torch.bfloat16)
+    dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    assert dtypes == {
+        "positions": torch.bfloat16,
+        "frequencies": torch.float32,
+        "places": torch.int64,
+        "codec": torch.float32,
+    }
+    assert model.positions.tolist() == [1, 1] and torch.get_default_dtype() == torch.float32
+    assert model.config.dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------------------------ judging
@@ -345,9 +368,13 @@ def test_what_a_cache_loses_is_told() -> None:
     assert details([row]) == ["llama: decoding recognises less: norm 3 of 4"]
 
 
-def test_what_fails_to_build_is_a_row() -> None:
-    row = run.examine("gemma4_assistant" if "gemma4_assistant" in kinds() else "vibevoice", [torch.float32])
-    assert row.broken and not row.right
+def test_what_fails_to_build_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> nn.Module:
+        raise ValueError(f"no {name} here")
+
+    monkeypatch.setattr(run, "tiny_model", refuse)
+    row = run.examine("llama", [torch.float32])
+    assert row.broken == "ValueError: no llama here" and not row.right
 
 
 # ------------------------------------------------------------------------------------------- rows, tables
@@ -380,6 +407,14 @@ def test_the_short_row_has_what_all_runs_have() -> None:
     assert whole.unmatched == {"a": 0.7}
     row.runs["bf16"].wrong.append("rmse")
     assert not row.short().right
+
+
+def test_what_an_equal_call_compiles_again_must_be_judged_too() -> None:
+    row = a_row()
+    row.runs["fp32"].recompiled = 1
+    assert not row.right and not row.short().right
+    row.runs["fp32"].judged = 2
+    assert row.right and row.short().right
 
 
 def test_lost_matches_are_told_with_their_rules() -> None:

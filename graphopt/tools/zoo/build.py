@@ -96,6 +96,8 @@ def build(config: PretrainedConfig) -> torch.nn.Module:
     if kind is None:
         raise OptionError(f"transformers has no model of type {config.model_type!r} to build")
     auto = getattr(transformers, kind.auto)
+    if config.architectures is None:
+        config.architectures = [kind.architecture]  # as a checkpoint has it; chosen by it among several
     try:
         model = auto.from_config(config)
     except AttributeError:  # a composite whose head takes the decoder's config

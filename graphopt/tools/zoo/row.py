@@ -40,7 +40,8 @@ class Run:
     @property
     def right(self) -> bool:
         """Whether nothing is wrong, and every graph was judged or is the original."""
-        return not self.wrong and self.judged + self.handed_back == self.graphs > 0
+        made = self.graphs + self.recompiled
+        return not self.wrong and self.judged + self.handed_back == made > 0
 
 
 @dataclass
@@ -91,7 +92,7 @@ class Row:
         )
         whole.handed_back = max(run.handed_back for run in runs)
         if self.right:
-            whole.judged = whole.graphs - whole.handed_back
+            whole.judged = whole.graphs + whole.recompiled - whole.handed_back
         decoded = replace(self.decoded, matched={}, misses={}) if self.decoded else None
         return replace(self, runs={" / ".join(self.runs): whole}, decoded=decoded)
 

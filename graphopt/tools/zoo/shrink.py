@@ -31,30 +31,35 @@ SIZES: Mapping[str, int] = {
          "attention_hidden_size", "pooler_hidden_size", "input_embedding_size", "output_embedding_size",
          "out_hidden_size", "output_hidden_size", "d_latents", "projector_input_dim", "projector_output_dim",
          "output_dim", "entity_emb_size", "pooler_output_size", "projection_size", "width",
-         "dim_model_base", "pronunciation_embed_dim", "shape_embed_dim", "backbone_hidden_size"),
+         "dim_model_base", "pronunciation_embed_dim", "shape_embed_dim", "backbone_hidden_size",
+         "cross_hidden_size"),
         WIDTH,
     ),
     **dict.fromkeys(
         ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
          "num_decoder_layers", "num_encoder_layers", "depth", "max_window_layers", "num_global_layers",
-         "num_self_attends_per_block", "num_blocks", "num_layers_per_stack", "conf_num_hidden_layers"),
+         "num_self_attends_per_block", "num_blocks", "num_layers_per_stack", "conf_num_hidden_layers",
+         "encoder_num_hidden_layers", "decoder_num_hidden_layers", "num_spatial_layers",
+         "num_temporal_layers", "num_auxiliary_layers"),
         LAYERS,
     ),
     **dict.fromkeys(
         ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads",
          "decoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads",
          "attention_heads", "swa_num_attention_heads", "conf_num_attention_heads", "index_n_heads",
-         "num_self_attention_heads", "num_cross_attention_heads", "linear_num_heads"),
+         "num_self_attention_heads", "num_cross_attention_heads", "linear_num_heads",
+         "encoder_num_attention_heads", "decoder_num_attention_heads", "cross_num_attention_heads",
+         "encoder_num_key_value_heads", "decoder_num_key_value_heads"),
         HEADS,
     ),
     **dict.fromkeys(
         ("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "num_query_groups",
-         "linear_num_key_heads"),
+         "linear_num_key_heads", "cross_num_key_value_heads"),
         KV_HEADS,
     ),
     "linear_num_value_heads": 4,
     **dict.fromkeys(("head_dim", "d_kv", "kv_channels", "d_head", "swa_head_dim", "dim_head",
-                     "attention_head_size"), HEAD_DIM),
+                     "attention_head_size", "cross_head_dim"), HEAD_DIM),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16),
     "index_head_dim": 16,
     # Latent attention: a head has a rotated part and one that is not.
@@ -83,7 +88,8 @@ SIZES: Mapping[str, int] = {
     **dict.fromkeys(
         ("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "audio_vocab_size",
          "entity_vocab_size", "unpadded_vocab_size", "codebook_size", "pronunciation_vocab_size",
-         "shape_vocab_size", "encoder_hash_byte_group_vocab"),
+         "shape_vocab_size", "encoder_hash_byte_group_vocab", "src_vocab_size", "tgt_vocab_size",
+         "codebook_vocab_size"),
         VOCABULARY,
     ),
     **dict.fromkeys(
@@ -106,6 +112,8 @@ SIZES: Mapping[str, int] = {
     "n_groups": 2, "mamba_d_ssm": 128, "mamba_chunk_size": 8, "chunk_size": 8,
     "hidden_size_per_layer_input": 16, "laurel_rank": 8, "num_kv_shared_layers": 0,
     "adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH, "adapter_rank": 8, "router_hidden_size": 32,
+    "subsampling_conv_channels": 16, "conv_channels": 32, "num_frames": 3, "num_patches": 9, "num_filters": 2,
+    "mm_tokens_per_image": 1,
     "image_size": 24, "patch_size": 8, "num_mel_bins": 10, "input_feat_size": 10, "encoder_stride": 8,
     "query_pre_attn_scalar": 23, "num_latents": 8, "num_buckets": 8,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16,
@@ -222,10 +230,12 @@ def _shrunken(key: str, value: object, config: PretrainedConfig, kept: tuple[int
         return type(value)([WIDTH // 2] * len(value))  # of an audio encoder's convolutions
     if isinstance(value, dict) and "rope" in key:
         return _rope(value, config)
-    size = SIZES.get(key)
-    if key == "head_dim" and value is not None and value == getattr(config, "qk_rope_head_dim", None):
+    size, own = SIZES.get(key), vars(config)  # getattr refuses a size that differs from layer to layer
+    if key == "head_dim" and value is not None and value == own.get("qk_rope_head_dim"):
         return SIZES["qk_rope_head_dim"]  # of latent attention, what is rotated
-    if key == "num_key_value_heads" and hasattr(config, "kv_lora_rank"):
+    if key == "num_mel_bins" and isinstance(factor := own.get("subsampling_factor"), int):
+        return 2 * factor  # so many bins become one
+    if key == "num_key_value_heads" and "kv_lora_rank" in own:
         return value if value is None else HEADS  # latent attention has one for each head
     if value is None and key == "head_dim":
         return HEAD_DIM

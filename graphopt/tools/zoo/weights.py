@@ -5,6 +5,7 @@ With the usual initialisation (0.02) softmax forgets k and q, and a wrong mask m
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -58,7 +59,10 @@ def scale(model: nn.Module, given: Mapping[str, torch.Tensor]) -> None:
                     outputs = model(**given)
                 targets = [(x, LOGIT_STD) for x in seen.logits if x.numel() > 1 and x.requires_grad]
                 targets += [(x, OUTPUT_STD) for x in _floats(outputs)[:1] if x.requires_grad]
-                changes = [_change(x, wanted, weights) for x, wanted in targets]
+                try:
+                    changes = [_change(x, wanted, weights) for x, wanted in targets]
+                except AssertionError:  # reversible layers have gradients in training only: unit gain stays
+                    return
             for weight, factor in filter(None, changes):
                 weight.data.mul_(factor)
     finally:
@@ -90,11 +94,31 @@ def _floats(outputs: object) -> list[torch.Tensor]:
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters in another dtype, in place, as a checkpoint loads them: what is kept in fp32 stays."""
+    """A model in another dtype, in place, as a checkpoint loads it: what is kept in fp32 stays.
+
+    A buffer gets the dtype that its class gives it in a model of this dtype: rotary frequencies stay in fp32,
+    tables of positions and statistics of a batch norm do not.
+    """
     kept_parts = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     for path, parameter in model.named_parameters():
         if parameter.is_floating_point() and not any(part in path for part in kept_parts):
             parameter.data = parameter.data.to(dtype)
     config = getattr(model, "config", None)
-    if config is not None:
-        config.dtype = dtype
+    if config is None:
+        return
+    made = _buffers(type(model), config, dtype)
+    for path, buffer in model.named_buffers():
+        if buffer.is_floating_point() and path in made and not any(part in path for part in kept_parts):
+            buffer.data = buffer.data.to(made[path])
+    config.dtype = dtype
+
+
+def _buffers(kind: type[nn.Module], config: object, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Path -> dtype of the buffers of a new model, made while a dtype is the default one."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return {path: buffer.dtype for path, buffer in kind(copy.deepcopy(config)).named_buffers()}
+    finally:
+        torch.set_default_dtype(usual)
