@@ -266,16 +266,21 @@ def _unflat(q: Tensor, k: Tensor, b: int, h: int, bias: Tensor | None = None) ->
     return ops.attention_scores(q.reshape(b, h, s, d), k.reshape(b, h, t, d), 1.0, bias)
 
 
+def _lowest(dtype: torch.dtype) -> float:
+    """A dtype's lowest number, by which masks in it hide too; of fp16, whose does not swallow a score, fp32's."""
+    return torch.finfo(torch.float32 if dtype == torch.float16 else dtype).min
+
+
 def lowered(bias: Tensor, hidden: Tensor) -> Tensor:
-    """A bias that also hides, in a dtype whose lowest number swallows every score (fp16's does not)."""
+    """A bias that also hides, in a dtype whose lowest number swallows every score."""
     wide = bias.to(torch.promote_types(bias.dtype, torch.float32))
-    return wide.masked_fill(hidden, torch.finfo(wide.dtype).min)
+    return wide.masked_fill(hidden, _lowest(bias.dtype))
 
 
 def _lowered_too(mask: Tensor, hidden: Tensor) -> Tensor:
     """mask + (lowest where hidden): -inf where both hide, which in eager are lower than what one hides."""
     wide = mask.to(torch.promote_types(mask.dtype, torch.float32))
-    return wide + hidden.to(wide.dtype) * torch.finfo(wide.dtype).min
+    return wide + hidden.to(wide.dtype) * _lowest(mask.dtype)
 
 
 RULES = (

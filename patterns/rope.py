@@ -79,8 +79,11 @@ def glm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Te
 
 
 def ernie_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """As GLM's, in fp32 whatever q is."""
-    turned_q, turned_k = glm_rope(q.float(), k.float(), cos, sin)
+    """As GLM's, multiplied in fp32 whatever q is; turned before that."""
+    half = cos.shape[-1] // 2
+    c, s = _spread(cos.unsqueeze(1)[..., :half]), _spread(sin.unsqueeze(1)[..., :half])
+    turned_q = q.float() * c + _pair_turned(q).float() * s
+    turned_k = k.float() * c + _pair_turned(k).float() * s
     return turned_q.to(q.dtype), turned_k.to(k.dtype)
 
 

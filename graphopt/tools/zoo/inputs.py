@@ -21,18 +21,20 @@ def example(
     length: int = 9,
     padding: str = "none",
     dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Keyword arguments of one call: random tokens, images, videos or sound, and a mask for padded rows.
 
     Args:
         length: tokens of a row; the decoder of an encoder-decoder gets half of them.
+        seed: another one gives other values of the same shapes.
         padding: "none" (no mask is given), "left" or "right": each row is two tokens shorter than the last.
 
     Raises:
         OptionError: the model takes something of which no example is known.
     """
     takes = inspect.signature(model.forward).parameters
-    generator = torch.Generator("cpu").manual_seed(length)
+    generator = torch.Generator("cpu").manual_seed(length + 1009 * seed)
     main = _main(model, takes)
     given: dict[str, torch.Tensor] = {}
     if main == "inputs" and hasattr(model.config, "vocab_size"):  # bytes

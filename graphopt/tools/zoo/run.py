@@ -20,6 +20,7 @@ from graphopt.report import Report
 from graphopt.rewrite import Refusal
 from graphopt.tools.zoo.build import kinds, tiny_model
 from graphopt.tools.zoo.census import OPS_OF, expected_counts, recognised_counts
+from graphopt.tools.zoo.choices import clear_seed
 from graphopt.tools.zoo.inputs import FIRST_TOKEN, example
 from graphopt.tools.zoo.row import TOKENS, Row, Run
 from graphopt.tools.zoo.weights import in_dtype
@@ -50,22 +51,23 @@ def examine(
             model = tiny_model(model_type)
             counts = expected_counts(model, **example(model))
             row.there = {name: n for name, n in counts.items() if n}
+            seeds = {padding: clear_seed(model, padding) for padding in paddings}
             for dtype in dtypes:
                 if dtype != torch.float32:
                     in_dtype(model, dtype)
-                _runs(row, model, dtype, paddings)
+                _runs(row, model, dtype, seeds)
                 if decoding and dtype == torch.float32 and _writes(row, model):
-                    _decode(row, model)
+                    _decode(row, model, seeds.get("left", 0))
         except Exception as error:
             row.broken = _told(error)
     row.seconds = round(time.process_time() - started, 2)
     return row
 
 
-def _runs(row: Row, model: torch.nn.Module, dtype: torch.dtype, paddings: Sequence[str]) -> None:
-    """Add a run for each padding that the model takes."""
-    for padding in paddings:
-        given = example(model, padding=padding, dtype=dtype)
+def _runs(row: Row, model: torch.nn.Module, dtype: torch.dtype, seeds: Mapping[str, int]) -> None:
+    """Add a run for each padding that the model takes, on its seed of inputs."""
+    for padding, seed in seeds.items():
+        given = example(model, padding=padding, dtype=dtype, seed=seed)
         mask = given.get("attention_mask")
         if padding != "none" and mask is None:
             continue
@@ -97,9 +99,9 @@ def _writes(row: Row, model: torch.nn.Module) -> bool:
     return row.group in WRITERS and can is not None and can()
 
 
-def _decode(row: Row, model: Any) -> None:  # a class of transformers, which has no types
+def _decode(row: Row, model: Any, seed: int = 0) -> None:  # a class of transformers, which has no types
     """Greedy tokens of a padded prompt by the model's own `generate`, in eager and compiled."""
-    given = example(model, padding="left")
+    given = example(model, padding="left", seed=seed)
     given.pop("decoder_input_ids", None)
     arguments = dict(
         given, do_sample=False, num_beams=1, max_new_tokens=TOKENS, min_new_tokens=TOKENS, use_cache=True
