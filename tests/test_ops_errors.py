@@ -87,6 +87,7 @@ ERRORS: dict[str, Callable[[], object]] = {
     "experts: x has 3 dimensions; it must have 2": lambda: chooses(x=E(1, 3, 5)),
     "experts: columns of routing is 1; it must be 2": lambda: chooses(routing=E(3, 1)),
     "experts: rows of routing is 2; it must be 3": lambda: chooses(routing=E(2, 2)),
+    "experts: columns of routing is 2; it must be 4": lambda: chooses(ids=None),
     "experts: last size of gate_up is 6; it must be 5": lambda: chooses(gate_up=E(4, 6, 6)),
     "experts: rows of gate_up is 3; it must be 6": lambda: chooses(gate_up=E(4, 3, 5)),
     "experts: experts of down is 3; it must be 4": lambda: chooses(down=E(3, 5, 3)),
