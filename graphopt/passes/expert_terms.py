@@ -197,6 +197,8 @@ def _source(x: fx.Node, rows: object) -> fx.Node | None:
 
 def chosen_once(ids: fx.Node) -> bool:
     """Whether no row of ids has one twice: they are the places of its largest scores."""
+    if g.is_call(ids, aten.reshape.default) and g.same_size(g.shape(at(ids, 0))[-1], g.shape(ids)[-1]):
+        return chosen_once(at(ids, 0))
     if not g.is_call(ids, operator.getitem) or ids.args[1] != 1:
         return False
     choice = at(ids, 0)

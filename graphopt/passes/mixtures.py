@@ -225,7 +225,7 @@ class _Maker:
             return argument
         if not g.same_shape(g.shape(argument), g.shape(routing)):
             return argument
-        return self.call(aten.gather.default, argument, -1, ids, False)
+        return self.call(aten.gather.default, argument, -1, ids, sparse_grad=False)
 
 
 # ------------------------------------------------------------------------------------------- what is left
