@@ -73,7 +73,7 @@ def test_no_graph_is_refused(name: str) -> None:
     assert row.broken is None and row.right, (row.broken, row.runs)
     for run in row.runs.values():
         assert run.judged == run.graphs and not run.refused
-    for what in ("norm", "attention", "mlp", "rope"):
+    for what in ("norm", "attention", "mlp", "rope", "experts"):
         assert row.found(what) == row.there.get(what, 0), what
 
 
