@@ -49,12 +49,17 @@ def experts(
     limit: float | None = None,
     up_offset: float = 0.0,
     scale_input: bool = False,
+    gate_softcap: float | None = None,
+    up_softcap: float | None = None,
 ) -> torch.Tensor:
     """Routed MLPs: each chosen expert sees its rows once; the k results of a row are summed in fp32."""
 
     def expert(rows: torch.Tensor, e: int) -> torch.Tensor:
         h = F.linear(rows.to(x.dtype), gate_up[e], _of(gate_up_bias, e))
-        h = _gated(h, kind, interleaved, limit, up_offset) if gated else ACTIVATIONS[kind](h)
+        if gated:
+            h = _gated(h, kind, interleaved, limit, up_offset, gate_softcap, up_softcap)
+        else:
+            h = ACTIVATIONS[kind](h)
         return F.linear(h, down[e], _of(down_bias, e))
 
     if ids is None:
@@ -88,15 +93,25 @@ def _summed(
 
 
 def _gated(
-    h: torch.Tensor, kind: str, interleaved: bool, limit: float | None, up_offset: float
+    h: torch.Tensor,
+    kind: str,
+    interleaved: bool,
+    limit: float | None,
+    up_offset: float,
+    gate_softcap: float | None,
+    up_softcap: float | None,
 ) -> torch.Tensor:
-    """act(gate) * up, of halves or in turns; cut off and shifted where asked for."""
+    """act(gate) * up, of halves or in turns; cut off, capped and shifted where asked for."""
     half = h.shape[-1] // 2
     gate, up = (h[..., ::2], h[..., 1::2]) if interleaved else (h[..., :half], h[..., half:])
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if up_softcap is not None:
+        up = torch.tanh(up / up_softcap) * up_softcap
     if up_offset != 0:
         up = up + up_offset
+    if gate_softcap is not None:
+        return torch.tanh(gate / gate_softcap).mul_(gate_softcap).mul_(torch.sigmoid(gate)).mul_(up)
     return ACTIVATIONS[kind](gate).mul_(up)
 
 
@@ -154,6 +169,13 @@ CASES = (
             False,
             Tensor((4, 20)),
             Tensor((4, 24)),
+        ),
+    ),
+    Case(
+        "softcaps",
+        (
+            *(Tensor((6, 24)), _ids(6, 2, 4), Tensor((6, 2)), *_weights(4, 20, 10, 24, 24), "silu"),
+            *(True, False, None, None, None, 0.0, False, 1.5, 2.5),
         ),
     ),
     Case(

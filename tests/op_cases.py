@@ -287,6 +287,13 @@ def expert_cases() -> list[Case]:
             ),
             Case(
                 ops.experts,
+                f"{label} softcapped",
+                lambda d, x=x, ids=ids, s=share, w=pair: (
+                    *(x(d), ids, s(d), *w(d), "silu", True, False, None, None, None, 0.0, False, 1.5, 2.5),
+                ),
+            ),
+            Case(
+                ops.experts,
                 f"{label} all",
                 lambda d, x=x, t=t, e=e, w=pair, b=biases: (
                     *(x(d), None, rand(t, e, dtype=d), *w(d), "gelu", True, False, *b(d)),

@@ -93,6 +93,7 @@ ERRORS: dict[str, Callable[[], object]] = {
     "experts: experts of down is 3; it must be 4": lambda: chooses(down=E(3, 5, 3)),
     "experts: experts of down_bias is 3; it must be 4": lambda: chooses(down_bias=E(3, 5)),
     "experts: last size of gate_up_bias is 3; it must be 6": lambda: chooses(gate_up_bias=E(4, 3)),
+    "experts: gate_softcap is for a gated silu, not for gelu": lambda: chooses(kind="gelu", gate_softcap=1.0),
     "kind 'elu6' is not one of silu": lambda: chooses(kind="elu6"),
     "expert_matmul: ids has 2 dimensions; it must have 1": lambda: multiplies(ids=E(3, 1, dtype=INT)),
     "expert_matmul: last size of x is 6; it must be 5": lambda: multiplies(x=E(3, 6)),

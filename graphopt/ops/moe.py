@@ -69,9 +69,12 @@ def _check_experts(
     gated: bool,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
+    gate_softcap: float | None,
 ) -> None:
     name = "experts"
     require_kind(kind)
+    if gate_softcap is not None and not (gated and kind == "silu"):
+        raise ValueError(f"{name}: gate_softcap is for a gated silu, not for {kind}")
     require_floating(name, x=x, gate_up=gate_up, down=down)
     require_rank(name, 2, x=x)
     require_rank(name, 3, gate_up=gate_up, down=down)
@@ -107,8 +110,10 @@ def _experts_fake(
     limit: float | None = None,
     up_offset: float = 0.0,
     scale_input: bool = False,
+    gate_softcap: float | None = None,
+    up_softcap: float | None = None,
 ) -> Tensor:
-    _check_experts(x, ids, routing, gate_up, down, kind, gated, gate_up_bias, down_bias)
+    _check_experts(x, ids, routing, gate_up, down, kind, gated, gate_up_bias, down_bias, gate_softcap)
     return x.new_empty((x.shape[0], down.shape[1]))
 
 
@@ -127,6 +132,8 @@ def experts(
     limit: float | None = None,
     up_offset: float = 0.0,
     scale_input: bool = False,
+    gate_softcap: float | None = None,
+    up_softcap: float | None = None,
 ) -> Tensor:
     """sum over j of routing[t, j] * f_e(x[t]), f_e(x) = down_e(act(gate_e(x)) * up_e(x)), e = ids[t, j].
 
@@ -134,23 +141,25 @@ def experts(
     of up; `interleaved`: in turns; not `gated`: [E, I, H], act(up(x)) alone), down [E, N, I], biases [E, 2 *
     I] and [E, N] -> [T, N], in x's dtype; computed in fp32 (fp64 for fp64). `limit` cuts gate off above and
     up on both sides, `up_offset` is added to up after that. An id outside 0 .. E - 1 adds nothing. Without
-    ids every row goes through every expert, routing is [T, E]. `scale_input`: f_e(routing[t, j] * x[t]).
+    ids every row goes through every expert, routing is [T, E]. `scale_input`: f_e(routing[t, j] * x[t]). A
+    softcap c makes c * tanh(x / c) of up, and of what silu multiplies with sigmoid(gate).
 
     Every row goes through every expert and the chosen ones are kept: E / k times the work of a kernel, but no
     size depends on the values, so that it can be captured in a CUDA graph.
 
     Source: Shazeer et al. 2017, "Outrageously Large Neural Networks"; MixtralExperts, GptOssExperts (the
-    limit) and Llama4TextMoe (the scaled input) in transformers; fused_moe in vLLM.
-    Raises ValueError where ranks or sizes do not fit, ids are not int64, or the kind is unknown.
+    limit), Llama4TextMoe (the scaled input) and Inkling2Experts (softcaps) in transformers; fused_moe in
+    vLLM. Raises ValueError where ranks or sizes do not fit, ids are not int64, the kind is unknown or has no
+    softcap.
     """
-    _check_experts(x, ids, routing, gate_up, down, kind, gated, gate_up_bias, down_bias)
+    _check_experts(x, ids, routing, gate_up, down, kind, gated, gate_up_bias, down_bias, gate_softcap)
     dtype = wide(x.dtype)
     h = x.to(dtype)
     result = h.new_zeros((x.shape[0], down.shape[1]))
 
     def expert(rows: Tensor, e: int) -> Tensor:
         y = F.linear(rows, gate_up[e].to(dtype), None if gate_up_bias is None else gate_up_bias[e].to(dtype))
-        y = expert_activation(y, kind, gated, interleaved, limit, up_offset)
+        y = expert_activation(y, kind, gated, interleaved, limit, up_offset, gate_softcap, up_softcap)
         return F.linear(y, down[e].to(dtype), None if down_bias is None else down_bias[e].to(dtype))
 
     for e in range(down.shape[0]):
@@ -174,7 +183,14 @@ def _shares(h: Tensor, ids: Tensor | None, routing: Tensor | None, e: int) -> tu
 
 
 def expert_activation(
-    h: Tensor, kind: str, gated: bool, interleaved: bool, limit: float | None, up_offset: float
+    h: Tensor,
+    kind: str,
+    gated: bool,
+    interleaved: bool,
+    limit: float | None,
+    up_offset: float,
+    gate_softcap: float | None,
+    up_softcap: float | None,
 ) -> Tensor:
     """What stands between an expert's two products, in h's dtype: h [.., 2 * I] (or [.., I]) -> [.., I]."""
     if not gated:
@@ -183,4 +199,8 @@ def expert_activation(
     gate, up = (h[..., ::2], h[..., 1::2]) if interleaved else (h[..., :half], h[..., half:])
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if up_softcap is not None:
+        up = torch.tanh(up / up_softcap) * up_softcap
+    if gate_softcap is not None:
+        return torch.tanh(gate / gate_softcap) * gate_softcap * torch.sigmoid(gate) * (up + up_offset)
     return act(gate, kind) * (up + up_offset)

@@ -95,7 +95,7 @@ class _Mixtures:
                 ids, routing = new.flat(rows.ids, chosen), new.flat(routing, chosen)
             y = new.call(
                 EXPERTS, x, ids, routing, gate_up, down, first.kind, first.gated, False, up_bias, down_bias,
-                None, 0.0, False,
+                None, 0.0, False, None, None,
             )  # fmt: skip
             like = rows.routing if rows.ids is None else rows.ids
             lead = [new.size(like, i) for i in range(g.rank(out) - 1)]
