@@ -20,6 +20,7 @@ class Run:
         misses: rule -> its nearest miss, of the rules that came furthest.
         judged: how many graphs ran beside their fp64 oracle.
         handed_back: how many graphs graphopt refused as a whole: the original runs.
+        ends: why Dynamo broke the program into several graphs, and where.
     """
 
     graphs: int = 0
@@ -32,6 +33,7 @@ class Run:
     wrong: list[str] = field(default_factory=list)
     matched: dict[str, int] = field(default_factory=dict)
     misses: dict[str, str] = field(default_factory=dict)
+    ends: list[str] = field(default_factory=list)
 
     @property
     def right(self) -> bool:

@@ -23,7 +23,11 @@ SIZES_OF: Mapping[str, Mapping[str, object]] = MappingProxyType(
         },
         "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},
         "esmc": {"num_key_value_heads": 4, "head_dim": 16},
+        "flint": {"mlp_only_layers": [0]},  # experts in the other one
         "gemma3n_text": {"intermediate_size": [112] * 4},
+        "gemma4_text": {
+            "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48,
+        },
         "helium": {"head_dim": 16},
         "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
         "mamba2": {"num_heads": 8, "head_dim": 16},  # heads * head_dim is the inner width
@@ -43,6 +47,7 @@ SIZES_OF: Mapping[str, Mapping[str, object]] = MappingProxyType(
             "indexer_compress_ratio": 2,
         },
         "reformer": {"axial_pos_embds_dim": (24, 40), "axial_pos_shape": (8, 8)},
+        "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
         "wav2vec2-bert": {"vocab_size": 101},
         "wav2vec2-conformer": {"vocab_size": 101},
         "xlnet": {"d_head": 16},
