@@ -42,7 +42,7 @@ class Rows(NamedTuple):
     """Which rows an expert sees: those of `x` that chose it by `ids`, or all of them.
 
     Attributes:
-        x: [..., H], or [1, T, H] where rows are taken from it.
+        x: [..., H], or [1, T, H] where rows are taken from it; before a cast (autocast) of those.
         ids: [..., k], or None.
         routing: as ids, or [T, k, 1]; where there are no ids [..., E].
         once: whether a row may choose an expert once only, for the sum to be one.
@@ -79,7 +79,7 @@ def taken_term(rows: object, term: object, *, once: bool) -> Term | None:
     """mlp(x[rows]) * routing[rows, places], rows and places where ids are e"""
     for mlp, share, nodes in _weighted(term):
         taken = _unshaped(uncast(share)[0])
-        x = _source(mlp.x, rows)
+        x = _source(uncast(mlp.x)[0], rows)
         if x is None or not g.is_call(taken, aten.index.Tensor) or tuple(g.shape(share)[1:]) != (1,):
             continue
         routing, by = at(taken, 0), listed(taken.args[1])

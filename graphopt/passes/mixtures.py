@@ -88,6 +88,8 @@ class _Mixtures:
             down_bias = new.biases([mlp.down for mlp in found.experts], len(found.experts))
             rows = found.rows
             x, routing = new.flat(rows.x, g.shape(rows.x)[-1]), rows.routing
+            if g.dtype(x) != g.dtype(gate_up):
+                x = new.call(aten.to.dtype, x, g.dtype(gate_up), False, False, None)
             if rows.ids is None:
                 ids, routing = None, new.flat(routing, len(found.experts))
             else:

@@ -134,6 +134,23 @@ def test_rows_that_are_taken_are_one_graph_where_torch_allows_it(sum_of: Callabl
     torch.testing.assert_close(broken(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+def test_rows_may_be_cast_by_autocast() -> None:
+    """bf16 linears of fp32 rows: the casts of each expert's rows become one."""
+    model, x = Mixture(index_add).eval(), torch.randn(2, 5, WIDTH)
+    seen = len(backend.reports())
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True),
+    ):
+        compiled = torch.compile(model, backend="graphopt", options={"strict": True, "verify": "always"})
+        found, eager = compiled(x), model(x)
+    (report,) = backend.reports()[seen:]
+    assert report.counts["experts"] == 1 and found.dtype == eager.dtype
+    assert report.verification is not None and not report.verification.taken_back
+    gm, values = canonical(model, x)
+    assert judge(raise_to_fp64(gm)(*values)[0], eager, found, torch.bfloat16).ok
+
+
 def test_a_tensor_parallel_part_of_a_list_adds_nothing_for_others() -> None:
     """More ids than experts, as where the others live on another rank."""
 
