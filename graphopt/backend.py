@@ -232,6 +232,7 @@ def _build(
                 raise  # the other ranks would wait for this one
             failure, report.fallback = error, _described(error)
             log.debug("compilation failed", exc_info=True)
+    report.ends = torch_private.graph_end(gm)
     _reports.append(report)
     if not _steering.takes:
         check_expected(report, options.expect)

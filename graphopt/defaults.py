@@ -39,6 +39,7 @@ from graphopt.patterns import (
     attention,
     attention_scores,
     cache,
+    dense_experts,
     linear,
     mlp,
     moe,
@@ -58,6 +59,7 @@ RULES: tuple[Rule | Translation, ...] = (
     *rope.RULES,
     *mlp.RULES,
     *moe.RULES,  # after the activations that stand between its products
+    *dense_experts.RULES,
     *linear.RULES,
     *attention_scores.RULES,
     *attention.RULES,

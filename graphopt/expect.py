@@ -38,6 +38,8 @@ def check_expected(report: Report, expect: Sequence[tuple[str, int]]) -> None:
     lines = [f"fewer operators were recognised than expected: {said}"]
     if report.fallback is not None:
         lines.append(f"the program is not optimised at all: {report.fallback}")
+    if report.ends is not None:
+        lines.append(f"the graph ends before the program does: {report.ends}")
     recognised = ", ".join(f"{op} {n}" for op, n in report.counts.items() if "." not in op)
     lines.append(f"recognised are: {recognised or 'none'}")
     names = [name for op, _ in short for name in FAMILIES.get(op, (op,))]

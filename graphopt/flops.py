@@ -170,12 +170,16 @@ def _expert_matmul(node: fx.Node) -> int:
 
 
 def _experts(node: fx.Node) -> int:
-    """ids [T, k] choose of gate_up [E, rows, H] and down [E, N, I]: k times two products and their middle."""
+    """ids [T, k] choose of gate_up [E, rows, H] and down [E, N, I]: k times two products and their middle.
+
+    Without ids all are chosen.
+    """
     rows, width = _shape(node, "gate_up")[1:]
     out, inner = _shape(node, "down")[1:]
     biases = _given(node, "gate_up_bias") * rows + _given(node, "down_bias") * out
     one = 2 * rows * width + PER_ELEMENT["gated_activation"] * inner + 2 * out * inner + biases + out
-    return math.prod(_shape(node, "ids")) * one
+    chosen = _shape(node, "ids")[1] if _given(node, "ids") else _shape(node, "down")[0]
+    return _shape(node, "x")[0] * chosen * one
 
 
 HEAVY: dict[str, Callable[[fx.Node], int]] = {

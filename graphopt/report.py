@@ -29,6 +29,7 @@ COLOURS = {
     "taken back": "yellow",
     "not optimised": "bold red",
     "near miss": "magenta",
+    "graph break": "magenta",
 }
 NEAR = (
     3  # a miss with fewer matched parts, at a node that another rule made, is not worth a line of the summary
@@ -89,6 +90,8 @@ class Report:
     warnings: tuple[str, ...] = ()
     fallback: str | None = None
     """Why the original program runs and not ours: one sentence; None where ours runs."""
+    ends: str | None = None
+    """Why Dynamo ended the graph before the program does: what follows runs in eager, or is another graph."""
     weights_prepared: int = 0
     weights_prepared_bytes: int = 0
     sharded_bytes: tuple[int, int] = (0, 0)
@@ -203,6 +206,7 @@ class Report:
             shares = "".join(f", {name} {share:.1%}" for name, share in self.unmatched.items())
             rows.append(("unmatched", f"{self.unmatched_share:.1%} of FLOPs{shares.replace(',', ':', 1)}"))
         rows += [("near miss", _miss(r)) for r in self._worth_showing()]
+        rows += [("graph break", self.ends)] if self.ends else []
         rows += [("kernels", f"{op}: {_tally(names)}") for op, names in self.kernels.items()]
         if self.weights_prepared:
             size = f"{self.weights_prepared_bytes / 2**20:.1f} MiB"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch
@@ -253,6 +254,19 @@ def constant_while_tracing(function: F) -> F:
     """`torch.compiler.assume_constant_result`, which imports Dynamo where it only has to mark a function."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what Dynamo looks for
     return function
+
+
+def graph_end(gm: fx.GraphModule) -> str | None:
+    """Why Dynamo ended a graph before the program's end, and at which source line; None if it did not."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    lines = [line.strip() for line in reason.reason.splitlines() if line.strip()]
+    explained = [line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: ")]
+    why = ": ".join([*lines[:1], *explained[:1]]).rstrip(".")
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    where = f" ({Path(frame.filename).name}:{frame.lineno} {frame.line})" if frame is not None else ""
+    return f"{why}{where}"
 
 
 def graph_break() -> None:

@@ -103,7 +103,7 @@ def flat_weighted_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def zeroed_values(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
-    """softmax(scores.masked_fill(hidden, -inf)).masked_fill(hidden, 0) @ v: rows without a key are 0, not nan"""
+    """softmax(scores.masked_fill(hidden, -inf)).masked_fill(hidden, 0) @ v: rows without a key are 0"""
     return ops.attention_weights(q, k, 1.0, ~hidden).masked_fill(hidden, 0.0) @ v
 
 
@@ -280,7 +280,9 @@ RULES = (
     ),
     rule(
         zeroed_biased_values,
-        lambda q, k, v, bias, hidden: ops.attention(q, k, v, 1.0, bias=bias.masked_fill(hidden, float("-inf"))),
+        lambda q, k, v, bias, hidden: ops.attention(
+            q, k, v, 1.0, bias=bias.masked_fill(hidden, float("-inf"))
+        ),
         MASKED,
         carry=("scale", "softcap"),
         v=T("... t e"),

@@ -267,7 +267,7 @@ def _unflat(q: Tensor, k: Tensor, b: int, h: int, bias: Tensor | None = None) ->
 
 
 def _lowest(dtype: torch.dtype) -> float:
-    """A dtype's lowest number, by which masks in it hide too; of fp16, whose does not swallow a score, fp32's."""
+    """A dtype's lowest number, by which its masks hide; for fp16, whose does not swallow a score, fp32's."""
     return torch.finfo(torch.float32 if dtype == torch.float16 else dtype).min
 
 

@@ -130,6 +130,28 @@ def gpt_oss_expert_rows(
     return ops.expert_matmul(h, down, ids, down_bias)
 
 
+def inkling_expert_rows(
+    x: Tensor, ids: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
+    gate_softcap: float, up_softcap: float,
+) -> Tensor:  # fmt: skip
+    """SwiGLU in fp32, silu's linear factor and up each softcapped (Inkling 2)"""
+    gate, up = (h.float() for h in _halves(ops.expert_matmul(x, up, ids, up_bias)))
+    capped = torch.tanh(gate / gate_softcap) * gate_softcap
+    h = capped * torch.sigmoid(gate) * (torch.tanh(up / up_softcap) * up_softcap)
+    return ops.expert_matmul(h.to(x.dtype), down, ids, down_bias)
+
+
+def _softcapped(
+    x: Tensor, ids: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
+    gate_softcap: float, up_softcap: float,
+) -> Tensor:  # fmt: skip
+    up, down = up.transpose(1, 2), down.transpose(1, 2)
+    return ops.experts(
+        x, ids.unsqueeze(-1), None, up, down, "silu", True, False, up_bias, down_bias,
+        gate_softcap=gate_softcap, up_softcap=up_softcap,
+    )  # fmt: skip
+
+
 def _rows(gated: bool, interleaved: bool = False) -> Callable[..., Tensor]:
     """The replacement: an expert for each row, so that ids have one column."""
 
@@ -208,7 +230,10 @@ _ROUTED: Mapping[str, Spec] = {
     "down": T("e n i"),
 }
 _PLAIN_ROUTED: Mapping[str, Spec] = {**_ROUTED, "gate_up": T("e i h")}
-_CARRIED = ("kind", "interleaved", "gate_up_bias", "down_bias", "limit", "up_offset")
+_CARRIED = (
+    *("kind", "interleaved", "gate_up_bias", "down_bias", "limit", "up_offset"),
+    *("gate_softcap", "up_softcap"),
+)
 
 
 RULES: tuple[Rule | Translation, ...] = (
@@ -233,6 +258,13 @@ RULES: tuple[Rule | Translation, ...] = (
     rule(clamped_expert_rows, _rows(True), _ROWS, limit=_LIMIT),
     rule(shifted_expert_rows, _rows(True), _ROWS, limit=_LIMIT, up_offset=_OFFSET),
     rule(gpt_oss_expert_rows, _rows(True, interleaved=True), _ROWS, limit=_LIMIT, up_offset=_OFFSET),
+    rule(
+        inkling_expert_rows,
+        _softcapped,
+        {name: spec for name, spec in _ROWS.items() if name != "kind"},
+        gate_softcap=Float(4.0),
+        up_softcap=Float(25.0),
+    ),
     *(
         rule(routing, _routed(True), _ROUTED, carry=_CARRIED)
         for routing in (batched_routing, grouped_routing)

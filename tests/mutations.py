@@ -34,10 +34,12 @@ SIBLINGS: dict[object, tuple[object, ...]] = {
 }
 
 
-def mutants(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
-    """Every mutant that runs on the graph's abstract values."""
+def mutants(
+    gm: fx.GraphModule, among: Callable[[fx.Node], bool] = lambda node: True
+) -> Iterator[tuple[str, fx.GraphModule]]:
+    """Every mutant that runs on the graph's abstract values; `among`: of these nodes alone."""
     for i, node in enumerate(gm.graph.nodes):
-        if node.op != "call_function":
+        if node.op != "call_function" or not among(node):
             continue
         changes = (*_literals(node), *_operands(node), *_siblings(node), *_dropped(node), *_inserted(node))
         for label, change in changes:

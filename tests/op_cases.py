@@ -274,6 +274,27 @@ def expert_cases() -> list[Case]:
                 f"{label} plain",
                 lambda d, x=x, ids=ids, w=plain: (x(d), ids, None, *w(d), "relu2", False),
             ),
+            Case(
+                ops.experts,
+                f"{label} scaled",
+                lambda d, x=x, ids=ids, s=share, w=pair: (
+                    *(x(d), ids, s(d), *w(d), "silu", True, False, None, None, None, 0.0, True),
+                ),
+            ),
+            Case(
+                ops.experts,
+                f"{label} softcapped",
+                lambda d, x=x, ids=ids, s=share, w=pair: (
+                    *(x(d), ids, s(d), *w(d), "silu", True, False, None, None, None, 0.0, False, 1.5, 2.5),
+                ),
+            ),
+            Case(
+                ops.experts,
+                f"{label} all",
+                lambda d, x=x, t=t, e=e, w=pair, b=biases: (
+                    *(x(d), None, rand(t, e, dtype=d), *w(d), "gelu", True, False, *b(d)),
+                ),
+            ),
         ]
         if k:
             rows, some = ids[:, 0], lambda d, e=e, n=n: rand(e, n, dtype=d)

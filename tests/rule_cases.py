@@ -240,7 +240,7 @@ def _experts_arguments(v: Values) -> tuple[dict[str, object], list[dict[str, obj
     assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
     random = torch.Generator().manual_seed(15)
     plain = {"kind": "silu", "interleaved": False, "limit": None, "up_offset": 0.0}
-    plain |= {"gate_up_bias": None, "down_bias": None}
+    plain |= {"gate_up_bias": None, "down_bias": None, "gate_softcap": None, "up_softcap": None}
     biases = {
         "gate_up_bias": torch.randn(gate_up.shape[:2], generator=random).to(gate_up.dtype),
         "down_bias": torch.randn(down.shape[:2], generator=random).to(down.dtype),
@@ -249,6 +249,7 @@ def _experts_arguments(v: Values) -> tuple[dict[str, object], list[dict[str, obj
         {"kind": "gelu"},
         biases,
         biases | {"kind": "quick_gelu", "interleaved": True, "limit": 1.5, "up_offset": 1.0},
+        {"gate_softcap": 1.5, "up_softcap": 2.5},
     ]
 
 

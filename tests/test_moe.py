@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphopt
-from graphopt import defaults, ops
+from graphopt import backend, defaults, ops
+from graphopt import graph as g
 from graphopt.accuracy import judge, raise_to_fp64
 from graphopt.kernels import experts as kernels
 from graphopt.options import Options
@@ -54,6 +55,18 @@ def normed(self: Experts, x: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
     y = torch.bmm(self.down[flat], self.between(h).unsqueeze(-1)).squeeze(-1) + self.down_bias[flat]
     y = F.rms_norm(y, (WIDTH,), None, 1e-6)
     return (y * routing.reshape(-1, 1)).view(x.shape[0], chosen, -1).sum(1).to(x.dtype)
+
+
+def scaled(self: Experts, x: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
+    """Llama 4's: all rows through all experts, scaled on the way in, to nothing where it was not chosen."""
+    scores = torch.full((x.shape[0], EXPERTS), float("-inf"), dtype=x.dtype).scatter_(
+        1, ids, routing.logit().to(x.dtype)
+    )
+    scores = torch.sigmoid(scores.float()).to(x.dtype)
+    rows = x.repeat(EXPERTS, 1) * scores.transpose(0, 1).reshape(-1, 1)
+    h = torch.bmm(rows.view(EXPERTS, -1, x.shape[-1]), self.gate_up.transpose(1, 2))
+    y = torch.bmm(self.between(h), self.down.transpose(1, 2)).view(-1, x.shape[-1])
+    return y.reshape(EXPERTS, -1, y.shape[-1]).sum(dim=0)
 
 
 class Experts(nn.Module):
@@ -144,6 +157,24 @@ def routed_oracle(exact: Block, model: Block, x: Tensor) -> Tensor:
     )  # fmt: skip
     shared = exact.down(F.silu(exact.gate(wide)) * exact.up(wide))
     return (wide + routed + shared).view(x.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [TOKENS, 1])
+def test_a_block_that_scales_its_input_becomes_one_op(dtype: torch.dtype, tokens: int) -> None:
+    """Each row is given only to the experts that it chose: f(0) is 0, as no bias is added."""
+    model, x = Block(scaled).eval().to(dtype), torch.randn(1, tokens, WIDTH).to(dtype)
+    out, _ = seen(model, x)
+    graph = out.gm.graph  # type: ignore[attr-defined]
+    (node,) = (n for n in graph.nodes if g.is_call(n, ops.experts.overload))
+    assert g.arg(node, "scale_input") and g.arg(node, "ids") is not None
+    assert "expert_matmul" not in vocabulary(out.gm)  # type: ignore[attr-defined]
+    compiled = torch.compile(model, backend="graphopt", options={"strict": True, "verify": "always"})
+    found, program = compiled(x), graphopt.capture(model, x)
+    (exact,) = raise_to_fp64(program.gm)(*program.bind((x,), {}))
+    assert judge(exact, model(x), found, dtype).ok
+    checked = backend.reports()[-1].verification
+    assert checked is not None and not checked.taken_back and not checked.not_verified
 
 
 def test_a_norm_between_leaves_the_rows_experts() -> None:

@@ -187,6 +187,14 @@ def test_near_misses_of_rules_that_matched_or_at_taken_nodes_are_not_shown() -> 
     assert len(report.near_misses) == 4
 
 
+def test_where_the_graph_ends_is_shown() -> None:
+    report = reported(Matched(match(1, "llama_rms_norm")))
+    assert "graph break" not in str(report)
+    report.ends = "nonzero's shape depends on data (model.py:3)"
+    assert "graph break" in str(report) and report.ends in str(report)
+    assert Report.from_json(report.to_json()).ends == report.ends
+
+
 def test_rich_shows_the_same_lines() -> None:
     report, out = full(), io.StringIO()
     Console(file=out, width=200).print(report)

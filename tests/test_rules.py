@@ -49,6 +49,8 @@ UNFIRED = frozenset(
         # One expert a row: neither a reshape of ids nor a sum that says so; the rows' experts are found.
         ("batched_routing", "k is 1"),
         ("batched_routing_of_plain_experts", "k is 1"),
+        ("llama4_experts", "t is 1"),  # nor a reshape of scores: another rule of one row's
+        ("inkling_shared_experts", "e is 1"),  # nor a broadcast: another rule
         ("interleaved_heads", "g is 1"),
         ("repeated_heads", "g is 1"),  # nothing is repeated: the pattern is plain attention
         ("expanded_head", "h is 1"),

@@ -358,6 +358,26 @@ def test_trace_below_vmap_records_nothing_outside_and_leaves_no_level_open() -> 
     assert torch._C._functorch.maybe_current_level() is None
 
 
+def test_why_a_graph_ends() -> None:
+    """A part of a program says why and where it ends; the last one and a whole program say nothing."""
+    ends: list[str | None] = []
+
+    def backend(gm: fx.GraphModule, examples: object) -> object:
+        ends.append(p.graph_end(gm))
+        return gm.forward
+
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x * 2 > 0)[0] + 1
+
+    torch.compiler.reset()
+    torch.compile(chosen, backend=backend)(torch.ones(2))
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    assert len(ends) == 3 and ends[1:] == [None, None]
+    assert ends[0] is not None and "output shape depends on input Tensor data" in ends[0]
+    assert ends[0].startswith("Dynamic shape operator: ") and "test_torch_private.py:" in ends[0]
+    assert ends[0].endswith("return torch.where(x * 2 > 0)[0] + 1)")
+
+
 def test_more_compilations_are_arguments_of_compile() -> None:
     arguments = p.more_compilations(12)
     assert arguments in ({}, {"recompile_limit": 12})

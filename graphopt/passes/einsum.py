@@ -99,7 +99,7 @@ def einsum(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) ->
     assert isinstance(value, torch.Tensor)
     flat = value.new_empty([*g.shape(first)[:-1], g.shape(second)[-1]])
     product = s.emit(aten.matmul.default, (first, second), {}, flat, node)
-    labels = [*batch, *rows, *columns]
-    wide = value.new_empty([known[c] for c in labels])
+    found = [*batch, *rows, *columns]
+    wide = value.new_empty([known[c] for c in found])
     product = s.reshape(product, wide, node)
-    return s.permute(product, [labels.index(c) for c in parsed.result], value, node)
+    return s.permute(product, [found.index(c) for c in parsed.result], value, node)

@@ -146,6 +146,9 @@ class _Functionalizer:
         """Compute what a call writes, by a pure op where there is one: the newest value of its memory."""
         targets = written_arguments(node)
         name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]  # an OpOverload
+        if node.target is aten.set_.source_Tensor and node.args[0] is node.args[1]:
+            self.bring(node, self.read(targets[0]))  # module.to(dtype) where the weights have it already
+            return
         if name in METADATA_WRITES:
             raise CaptureRefused(f"{name} changes a tensor's sizes or storage in place ({_where(node)})")
         for target in targets:

@@ -12,6 +12,7 @@ from graphopt.passes.canonicalize import canonicalize
 from graphopt.passes.duplicates import merge_made
 from graphopt.passes.leftovers import dissolve_scores, report_products
 from graphopt.passes.masks import read_masks
+from graphopt.passes.mixtures import read_mixtures
 from graphopt.rewrite import Rewriter
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Recognise:
         rewriter.ids, rewriter.named = ctx.ids, ctx.named  # a rule may stand in a later pass, too
         rewriter.run()
         ctx.fuel = rewriter.fuel
+        read_mixtures(gm, ctx)
         report_products(gm, ctx.observers)
         if dissolve_scores(gm, ctx.observers):
             g.eliminate_dead_code(gm.graph)  # a negation of a mask that is filled again

@@ -279,7 +279,7 @@ class Speller:
         if expr in self.sizes_known:
             return self.sizes_known[expr]
         for node in self.graph.nodes:
-            if g.is_call(node, aten.repeat_interleave.self_int):
+            if g.is_call(node, aten.repeat_interleave.self_int, aten.repeat.default):
                 continue  # its size is a product of others: reading it there would keep the copy alive
             for i, have in enumerate(g.shape(node) if g.is_tensor(node) else ()):
                 if g.expression(have) == expr:

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from graphopt import backend
 from graphopt.tools.zoo.build import kinds, tiny_model
 from graphopt.tools.zoo.census import watching
 from graphopt.tools.zoo.inputs import example
 from graphopt.tools.zoo.row import TOKENS
 from graphopt.tools.zoo.run import WRITERS, examine
 from graphopt.tools.zoo.table import lost, miscounted, read
+from tests.tolerances import close
 
 GOLDEN: dict[str, dict[str, int]] = json.loads((Path(__file__).parent / "golden_zoo.json").read_text())
 BASELINE = read(Path(__file__).parents[2] / "bench" / "results" / "zoo.json")
@@ -76,8 +78,24 @@ def test_no_graph_is_refused(name: str) -> None:
     assert row.broken is None and row.right, (row.broken, row.runs)
     for run in row.runs.values():
         assert run.judged == run.graphs and not run.refused
-    for what in ("norm", "attention", "mlp", "rope"):
+    for what in ("norm", "attention", "mlp", "rope", "experts"):
         assert row.found(what) == row.there.get(what, 0), what
+
+
+def test_a_loop_over_hit_experts_is_right_and_says_why_it_is_broken() -> None:
+    """transformers' eager experts read on the host which were chosen: Dynamo ends the graph there."""
+    model, seen = tiny_model("mixtral").eval(), len(backend.reports())
+    model.set_experts_implementation("eager")  # type: ignore[operator]  # of transformers
+    given = example(model, padding="left")
+    real = given["attention_mask"].bool()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="graphopt", options={"strict": True})
+        close(compiled(**given).logits[real], model(**given).logits[real], torch.float32)
+    reports = backend.reports()[seen:]
+    assert sum(r.counts.get("experts", 0) for r in reports) == 0
+    ends = [r.ends for r in reports if r.ends is not None]
+    assert ends and all("nonzero" in text and "modeling_mixtral.py:" in text for text in ends)
+    assert all(r.ends in str(r) for r in reports if r.ends is not None)
 
 
 def test_the_sample_sees_both_dtypes_and_paddings() -> None:

@@ -147,12 +147,26 @@ def test_inputs_that_share_memory_are_refused_only_if_written() -> None:
     [
         (lambda x: (x + 1).t_(), "t_ changes a tensor's sizes or storage in place"),
         (lambda x: (x + 1).resize_(2, 2), "resize_ changes a tensor's sizes or storage in place"),
+        (lambda x: (x + 1).set_(x + 2), "set_ changes a tensor's sizes or storage in place"),
         (lambda x: (x + 1).as_strided((2, 2), (1, 1)).fill_(1), "depends on the storage below"),
     ],
 )
 def test_writes_that_are_no_values(program, reason: str) -> None:
     with pytest.raises(CaptureRefused, match=reason):
         functionalize(capture(program, x34()).gm)
+
+
+def test_a_tensor_set_to_itself_stays_what_it_is() -> None:
+    """module.to(dtype) in a forward, where the weights have that dtype already."""
+
+    def program(x):
+        y = x + 1
+        y.set_(y)
+        y.add_(1)
+        return y.set_(y) * 2
+
+    gm = functional(program, x34())
+    assert not any(g.is_mutable(n.target) for n in gm.graph.nodes)
 
 
 # ----------------------------------------------------------------------------------------------- aliasing

@@ -166,6 +166,76 @@ def test_functions_count_like_modules() -> None:
     assert counts == {"norm": 2, "norm of a sum": 1, "mlp": 2, "linear": 1}
 
 
+class MatrixExperts(nn.Module):
+    """Called experts, but one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+class StackedExperts(nn.Module):
+    """Experts on stacked weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(2, 4, 4)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.silu(x @ self.up[0]) @ self.down[0]
+
+
+class NamedExperts(nn.ModuleDict):
+    """Experts by their names."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(expert(x) for expert in self.values())  # type: ignore[return-value]
+
+
+class ListOfExperts(nn.Module):
+    """Experts in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.SiLU()) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(expert(x) for expert in self.experts)  # type: ignore[return-value]
+
+
+class TwoProducts(nn.Module):
+    """Experts of two products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = MatrixExperts(), MatrixExperts()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.silu(self.up(x)))
+
+
+@pytest.mark.parametrize(
+    ("make", "experts"),
+    [
+        (StackedExperts, 1),
+        (lambda: NamedExperts({"a": nn.Sequential(nn.Linear(4, 4), nn.SiLU())}), 1),
+        (ListOfExperts, 1),
+        (TwoProducts, 1),
+        (MatrixExperts, 0),
+        (lambda: nn.Sequential(ListOfExperts(), StackedExperts(), nn.SiLU()), 2),
+    ],
+)
+def test_experts_are_counted_by_blocks(make: Callable[[], nn.Module], experts: int) -> None:
+    """A block once, however its experts are kept; what is inside is no MLP besides."""
+    model = make()
+    counts = _counts(model, torch.randn(2, 4))
+    assert counts.get("experts", 0) == experts
+    assert counts.get("mlp", 0) == isinstance(model, nn.Sequential)
+
+
 def _counts(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
     with torch.no_grad(), watching(model) as seen:
         model(x)
@@ -449,6 +519,7 @@ def test_the_table_and_its_details_say_what_is_missing() -> None:
 
     row = a_row(1)
     row.runs["fp32"].misses = {"other_norm": "at layers.0: eps differs"}
+    row.runs["fp32"].ends = ["nonzero's shape depends on data (model.py:3)"]
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table([row, Row("x", "causal LM", broken="no such size")]))
     text = console.export_text()
@@ -456,6 +527,7 @@ def test_the_table_and_its_details_say_what_is_missing() -> None:
     assert details([row]) == [
         "llama: short of norm; nearest misses:",
         "    other_norm at layers.0: eps differs",
+        "    graph break: nonzero's shape depends on data (model.py:3)",
     ]
     assert "norm 50.0% of 2" in str(totals([row]))
 

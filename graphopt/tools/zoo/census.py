@@ -3,7 +3,7 @@
 Attentions are calls of scaled_dot_product_attention, and softmaxes between a product of two activations and
 another one. Norms are modules of that name whose output forgets the scale of each row. An MLP is a call of an
 activation function. A rope is a module that calls a function named after rotation. Experts are modules of
-that name, or with a list of that name.
+that name, or with a list of that name, or with products of that name: modules with one matrix each.
 """
 
 from __future__ import annotations
@@ -233,8 +233,10 @@ def normalises(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str,
 def _kind(module: nn.Module) -> str:
     """What a module counts as."""
     listed = isinstance(getattr(module, "experts", None), nn.ModuleList)
-    if listed or type(module).__name__.endswith("Experts"):
+    if listed or any(_is_experts(m) and _is_product(m) for m in module.children()):
         return "experts"
+    if _is_experts(module):
+        return "" if _is_product(module) else "experts"
     if is_norm(module):
         return "norm"
     name = type(module).__name__
@@ -242,6 +244,15 @@ def _kind(module: nn.Module) -> str:
         return "linear"
     named = any(a in name.lower() for a in ACTIVATIONS)
     return "activation" if named and not list(module.children()) else ""
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Experts")
+
+
+def _is_product(module: nn.Module) -> bool:
+    """Whether a module has one matrix (or one for each expert) and no more: half an MLP at most."""
+    return len(list(module.parameters())) == 1
 
 
 def _rotations(model: nn.Module) -> Iterator[tuple[object, str]]:

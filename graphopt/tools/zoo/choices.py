@@ -27,7 +27,7 @@ class Margins(TorchFunctionMode):
     def __post_init__(self) -> None:
         super().__init__()
 
-    def __torch_function__(  # noqa: D105  # of TorchFunctionMode
+    def __torch_function__(  # of TorchFunctionMode
         self,
         func: Callable[..., object],
         types: Sequence[type],

@@ -23,6 +23,7 @@ class Run:
         judged: how many graphs ran beside their fp64 oracle.
         handed_back: how many graphs graphopt refused as a whole: the original runs.
         tokens: of a greedy decoding, the tokens that are equal to eager's.
+        ends: why Dynamo broke the program into several graphs, and where.
     """
 
     graphs: int = 0
@@ -36,6 +37,7 @@ class Run:
     wrong: list[str] = field(default_factory=list)
     matched: dict[str, int] = field(default_factory=dict)
     misses: dict[str, str] = field(default_factory=dict)
+    ends: list[str] = field(default_factory=list)
 
     @property
     def right(self) -> bool:

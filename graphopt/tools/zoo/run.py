@@ -217,6 +217,7 @@ class Beside:
         run.refused = list(dict.fromkeys(run.refused))
         reports = [report for report in self.reports if report is not None]
         run.matched = dict(sorted(Counter(m.rule for r in reports for m in r.matches).items()))
+        run.ends = list(dict.fromkeys(r.ends for r in reports if r.ends is not None))
         run.misses = {r.rule: _miss(r) for r in _nearest(reports, run.matched)}
         return run
 

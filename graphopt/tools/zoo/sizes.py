@@ -36,8 +36,12 @@ SIZES_OF: Mapping[str, Mapping[str, object]] = MappingProxyType(
         "dots3_note_text": {"per_layer_config": {2: {"qk_nope_head_dim": 16, "kv_lora_rank": 24}}},
         "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},
         "esmc": {"num_key_value_heads": 4, "head_dim": 16},
+        "flint": {"mlp_only_layers": [0]},  # experts in the other one
         "gemma3n_text": {"intermediate_size": [112] * 4},
         "granite_speech5_ctc": {"encoder_config.context_size": 8, "encoder_config.num_key_value_heads": 4},
+        "gemma4_text": {
+            "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48,
+        },
         "helium": {"head_dim": 16},
         "kyutai_speech_to_text": {
             "codec_config.codebook_size": 64, "codec_config.upsample_groups": 64,  # a power of two; the width
@@ -65,6 +69,7 @@ SIZES_OF: Mapping[str, Mapping[str, object]] = MappingProxyType(
             "yes_token_index": 5, "no_token_index": 7, "vision_config.vision_use_head": False,
         },
         "videoprism": {"vision_config.tubelet_size": (1, 8, 8)},
+        "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
         "wav2vec2-bert": {"vocab_size": 101},
         "wav2vec2-conformer": {"vocab_size": 101},
         "xlnet": {"d_head": 16},

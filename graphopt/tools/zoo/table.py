@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphopt.errors import OptionError
-from graphopt.tools.zoo.row import TOKENS, Row
+from graphopt.tools.zoo.row import TOKENS, Row, Run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -88,8 +88,9 @@ def _short_decoding(row: Row) -> list[str]:
 
 
 def _near(row: Row) -> list[str]:
-    misses = next(iter(row.runs.values())).misses if row.runs else {}
-    return [f"    {rule} {miss}" for rule, miss in list(misses.items())[:NEAR]]
+    run = next(iter(row.runs.values()), Run())
+    near = [f"    {rule} {miss}" for rule, miss in list(run.misses.items())[:NEAR]]
+    return [*near, *(f"    graph break: {text}" for text in run.ends[:NEAR])]
 
 
 @dataclass(frozen=True)
