@@ -42,6 +42,8 @@ COSINE = 0.9999  # of two embeddings of a trained encoder at least; the elements
 LAYER = {True: Miss(rtol=1e-4, atol=1e-5), False: Miss(rtol=0.05, atol=0.05)}
 AUTOCAST = Miss(rtol=1.6e-2, atol=1e-2)  # products rounded to bf16 in an fp32 program: a few steps of it at 1
 FLOAT_BIAS = 4  # times atol, where attention has a bias: one element of 320, near 0, is off by 2.1 in fp16
+EXPERTS_SUMMED = Miss(rtol=1e-5, atol=1e-5)  # in fp32, a row's experts added in another order
+INNER_VALUES = Miss(rtol=1e-4, atol=1e-4)  # the same of values inside, which are up to ten times as large
 LARGE_MEAN = Miss(rtol=0, atol=1e-4)  # rows of mean 1000 in fp32: half a step there is 3e-5
 DRAWN = 0.1  # mean and deviation of weights or logits drawn at random: their own noise
 

@@ -33,6 +33,7 @@ from tests.expert_lists import (
 )
 from tests.mutations import mutants, read_outside
 from tests.rewriting import Watch, vocabulary
+from tests.tolerances import EXPERTS_SUMMED, IN_FP64, INNER_VALUES
 
 EXPERTS_OP = ops.experts.overload
 by_mixture = pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_the_whole_road_runs_it(name: str, make: Callable[[], Mixture]) -> None:
     options = Options()
     out, report = defaults.pipeline(options).run(program, defaults.context(options))
     assert report.kernels["experts"] == {"experts_sorted": 1}
-    torch.testing.assert_close(out(x), model(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out(x), model(x), **EXPERTS_SUMMED)
     assert report.unmatched_share < 0.05
 
 
@@ -111,7 +112,7 @@ def test_sizes_may_be_symbols(sum_of: Callable[..., Tensor]) -> None:
     seen = len(backend.reports())
     for batch, length in ((2, 5), (3, 7), (2, 12)):
         x = torch.randn(batch, length, WIDTH)
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(compiled(x), model(x), **EXPERTS_SUMMED)
     reports = backend.reports()[seen:]
     assert len(reports) == 1 and reports[0].counts["experts"] == 1
 
@@ -123,7 +124,7 @@ def test_rows_that_are_taken_are_one_graph_where_torch_allows_it(sum_of: Callabl
     seen = len(backend.reports())
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         compiled = torch.compile(model, backend="graphopt", options={"strict": True, "verify": "always"})
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(compiled(x), model(x), **EXPERTS_SUMMED)
     (report,) = backend.reports()[seen:]
     assert report.counts["experts"] == 1 and not report.counts.get("aten.where")
     assert not report.counts.get("aten._assert_scalar")
@@ -131,7 +132,7 @@ def test_rows_that_are_taken_are_one_graph_where_torch_allows_it(sum_of: Callabl
     assert checked is not None and not checked.taken_back
     torch._dynamo.reset()
     broken = torch.compile(model, backend="graphopt", options={"strict": True})
-    torch.testing.assert_close(broken(x), model(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(broken(x), model(x), **EXPERTS_SUMMED)
 
 
 def test_rows_may_be_cast_by_autocast() -> None:
@@ -164,7 +165,7 @@ def test_a_tensor_parallel_part_of_a_list_adds_nothing_for_others() -> None:
     gm, values = canonical(model, x)
     after, _ = recognised(gm)
     assert vocabulary(after).count("experts") == 1
-    torch.testing.assert_close(after(*values)[0], model(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after(*values)[0], model(x), **EXPERTS_SUMMED)
 
 
 # ------------------------------------------------------------------------------------------- it does not
@@ -191,7 +192,7 @@ def test_no_mutant_becomes_something_else(sum_of: Callable[..., Tensor]) -> None
             continue
         compared += 1
         for want, have in zip(expected, raise_to_fp64(after)(*values), strict=True):
-            torch.testing.assert_close(have, want, rtol=1e-9, atol=1e-9, msg=label)
+            torch.testing.assert_close(have, want, **IN_FP64, msg=label)
     assert changed > 10 and compared > 10
 
 
@@ -203,7 +204,7 @@ def test_inner_values_that_are_read_outside_stay(sum_of: Callable[..., Tensor]) 
     for _, mutant in read_outside(gm):
         after, watch = recognised(mutant)
         for want, have in zip(mutant(*values), after(*values), strict=True):
-            torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(have, want, **INNER_VALUES)
         refused += any("is also used by" in r.reason for r in watch.refusals if r.rule == "expert_list")
     assert refused >= 4 * EXPERTS
 
@@ -258,7 +259,7 @@ def test_what_is_no_list_says_why(sum_of: Callable[..., Tensor]) -> None:
     after, watch = recognised(gm)
     assert "experts" not in vocabulary(after)
     assert any(REFUSED[sum_of] in r.reason for r in watch.refusals if r.rule == "expert_list"), watch.refusals
-    torch.testing.assert_close(after(*values)[0], model(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after(*values)[0], model(x), **EXPERTS_SUMMED)
 
 
 # ------------------------------------------------------------------------------------------- no share at all
@@ -384,7 +385,7 @@ def test_a_match_can_be_denied_and_burns_fuel() -> None:
         after, told = recognised(gm, deny=frozenset({denied.id}))
         assert vocabulary(after).count("experts") == left
         assert any(r.reason == "denied" and r.rule == denied.rule for r in told.refusals)
-        torch.testing.assert_close(after(*values)[0], model(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(after(*values)[0], model(x), **EXPERTS_SUMMED)
     for less in (1, 2):
         after, _ = recognised(gm, fuel=len(watch.matches) - less)
         assert vocabulary(after).count("experts") == 2 - less
