@@ -37,6 +37,7 @@ from graphopt.passes.recognise import Recognise
 from graphopt.passes.shard import Shard
 from graphopt.patterns import (
     attention,
+    attention_masks,
     attention_scores,
     cache,
     dense_experts,
@@ -62,6 +63,7 @@ RULES: tuple[Rule | Translation, ...] = (
     *dense_experts.RULES,
     *linear.RULES,
     *attention_scores.RULES,
+    *attention_masks.RULES,
     *attention.RULES,
     *cache.RULES,
 )

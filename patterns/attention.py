@@ -1,7 +1,8 @@
 """Attention spelled out, from the softmax to v and its neighbours (torch's SDPA: `torch_ops`).
 
 softmax(attention_scores) becomes `attention_weights`, and with v `attention`, which then swallows repeated
-heads and casts around it. What models do to the scores is in patterns/attention_scores.py.
+heads and casts around it. What models do to the scores is in patterns/attention_scores.py and
+patterns/attention_masks.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from graphopt import ops
 from graphopt.binding import Binding
-from graphopt.patterns.attention_scores import BOOL, MASK, MASKED, lowered, representable
+from graphopt.patterns.attention_masks import BOOL, lowered, representable
+from graphopt.patterns.attention_scores import MASK, MASKED
 from graphopt.rule import Float, T, rule
 
 # -------------------------------------------------------------------------------------------------- weights

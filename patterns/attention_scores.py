@@ -7,7 +7,7 @@ order, until a softmax makes it `attention_weights` (patterns/attention.py).
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from graphopt import graph as g
 from graphopt import ops
@@ -108,93 +108,6 @@ def gemma_softcap(q: Tensor, k: Tensor, scale: float, cap: float) -> Tensor:
     return torch.tanh(ops.attention_scores(q, k, scale)) * cap
 
 
-# ------------------------------------------------------------------------------------------ masks and biases
-
-
-def added_mask(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """scores + mask"""
-    return ops.attention_scores(q, k, 1.0) + mask
-
-
-def subtracted_mask(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """scores - mask (XLNet)"""
-    return ops.attention_scores(q, k, 1.0) - mask
-
-
-def subtracted_from_bias(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-    """scores + bias - mask (Funnel)"""
-    return ops.attention_scores(q, k, 1.0, bias) - mask
-
-
-def floored_scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
-    """max(scores + bias, lowest) (XGLM): one -inf less"""
-    scores = ops.attention_scores(q, k, 1.0, bias)
-    return scores.clamp_min(torch.finfo(scores.dtype).min)
-
-
-def floored_filled_scores(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
-    """max(where(seen, scores, lowest), lowest)"""
-    scores = ops.attention_scores(q, k, 1.0, seen, None, True)
-    return scores.clamp_min(torch.finfo(scores.dtype).min)
-
-
-def widened_scores(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """half scores + a mask in fp32 (MPT)"""
-    return ops.attention_scores(q, k, 1.0) + mask
-
-
-def narrow_mask(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """scores in fp32 + a half mask (GPT-J)"""
-    return ops.attention_scores(q, k, 1.0) + mask
-
-
-def added_nothing(q: Tensor, k: Tensor) -> Tensor:
-    """scores + 0: a bias that this model does not have (DeBERTa)"""
-    return ops.attention_scores(q, k, 1.0) + 0
-
-
-def added_to_bias(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-    """scores + bias + mask: a position's bias, then a mask (T5, Bloom)"""
-    return ops.attention_scores(q, k, 1.0, bias) + mask
-
-
-def added_to_filled(q: Tensor, k: Tensor, seen: Tensor, mask: Tensor) -> Tensor:
-    """where(seen, scores, lowest) + mask (GPT-Neo)"""
-    return ops.attention_scores(q, k, 1.0, seen, None, True) + mask
-
-
-def filled_mask(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
-    """scores.masked_fill(hidden, lowest)"""
-    scores = ops.attention_scores(q, k, 1.0)
-    return scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-
-
-def filled_biased_scores(q: Tensor, k: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
-    """(scores + bias).masked_fill(hidden, lowest) (MPT)"""
-    scores = ops.attention_scores(q, k, 1.0, bias)
-    return scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-
-
-def infinite_mask(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
-    """scores.masked_fill(hidden, -inf)"""
-    return ops.attention_scores(q, k, 1.0).masked_fill(hidden, float("-inf"))
-
-
-def infinite_biased_scores(q: Tensor, k: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
-    """(scores + bias).masked_fill(hidden, -inf)"""
-    return ops.attention_scores(q, k, 1.0, bias).masked_fill(hidden, float("-inf"))
-
-
-def shown_mask(q: Tensor, k: Tensor, seen: Tensor, fill: float) -> Tensor:
-    """where(seen, scores, fill)"""
-    return torch.where(seen, ops.attention_scores(q, k, 1.0), fill)
-
-
-def hidden_mask(q: Tensor, k: Tensor, hidden: Tensor, fill: float) -> Tensor:
-    """where(hidden, fill, scores)"""
-    return torch.where(hidden, fill, ops.attention_scores(q, k, 1.0))
-
-
 # --------------------------------------------------------------------------------------------------- guards
 
 AROUND = (  # what may stand between a product and its softmax
@@ -222,34 +135,20 @@ def _positive(binding: Binding) -> str | None:
     return f"the softcap {cap} is not positive" if isinstance(cap, (int, float)) and cap <= 0 else None
 
 
-def representable(binding: Binding) -> str | None:
-    """masked_fill raises for a number that where() rounds to an infinity."""
-    fill, scores = binding.number("fill"), binding.leaves["q"]
-    assert isinstance(scores, fx.Node)
-    largest = torch.finfo(g.dtype(scores)).max
-    if not isinstance(fill, (int, float)):
-        return f"the fill {fill} is known at run time only"
-    if abs(fill) <= largest or fill == float("-inf"):
-        return None
-    return f"the fill {fill} is beyond {g.dtype(scores)}'s {-largest}"
-
-
 # ---------------------------------------------------------------------------------------------------- rules
 
 MASKED = {"q": T("... s d"), "k": T("... t d")}  # leading b h, to which masks of any rank broadcast
 MASK = T("...|1 s|1 t")
-BOOL = T("...|1 s|1 t", "bool")
-_QK = {"q": T("b h s d"), "k": T("b h t d")}
+QK = {"q": T("b h s d"), "k": T("b h t d")}
 _FLAT = {"q": T("n s d"), "k": T("n t d")}
 _SCALE = Float(0.3)
 _FACTOR = Float(0.7)
 _DIVISOR = Float(4.3)
-_FILL = Float(-1e4)
-_HALF = ("bfloat16", "float16")
+HALF = ("bfloat16", "float16")
 _ROWS = ("1", "s")  # of a bias: the same for all queries, or one each
 # Without the last where a dtype changes: the lowest number of the one is not that of the other.
-_ARGUMENTS = ("scale", "bias", "softcap", "empty_rows_mean")
-_BEFORE_MASK = ("scale", "softcap")
+ARGUMENTS = ("scale", "bias", "softcap", "empty_rows_mean")
+BEFORE_MASK = ("scale", "softcap")
 
 
 def _flat(q: Tensor, k: Tensor, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
@@ -264,23 +163,6 @@ def _unflat(q: Tensor, k: Tensor, b: int, h: int, bias: Tensor | None = None) ->
     (_, _, s, d), t = q.shape, k.shape[2]
     bias = None if bias is None else bias.reshape(b, h, *bias.shape[2:])
     return ops.attention_scores(q.reshape(b, h, s, d), k.reshape(b, h, t, d), 1.0, bias)
-
-
-def _lowest(dtype: torch.dtype) -> float:
-    """A dtype's lowest number, by which its masks hide; for fp16, whose does not swallow a score, fp32's."""
-    return torch.finfo(torch.float32 if dtype == torch.float16 else dtype).min
-
-
-def lowered(bias: Tensor, hidden: Tensor) -> Tensor:
-    """A bias that also hides, in a dtype whose lowest number swallows every score."""
-    wide = bias.to(torch.promote_types(bias.dtype, torch.float32))
-    return wide.masked_fill(hidden, _lowest(bias.dtype))
-
-
-def _lowered_too(mask: Tensor, hidden: Tensor) -> Tensor:
-    """mask + (lowest where hidden): -inf where both hide, which in eager are lower than what one hides."""
-    wide = mask.to(torch.promote_types(mask.dtype, torch.float32))
-    return wide + hidden.to(wide.dtype) * _lowest(mask.dtype)
 
 
 RULES = (
@@ -331,7 +213,7 @@ RULES = (
     rule(
         unflattened_scores,
         _unflat,
-        carry=_BEFORE_MASK,
+        carry=BEFORE_MASK,
         q=T("1 b*h s d"),
         k=T("1 b*h t d"),
         b=Int(2),
@@ -341,7 +223,7 @@ RULES = (
         rule(
             unflattened_biased_scores,
             lambda q, k, bias, b, h: _unflat(q, k, b, h, bias),
-            carry=_BEFORE_MASK,
+            carry=BEFORE_MASK,
             q=T("1 b*h s d"),
             k=T("1 b*h t d"),
             bias=T(f"1 b*h {rows} t"),
@@ -356,7 +238,7 @@ RULES = (
             lambda q, k, bias: ops.attention_scores(q, k, 1.0, bias[None]).reshape(
                 q.shape[1], q.shape[2], k.shape[2]
             ),
-            carry=_BEFORE_MASK,
+            carry=BEFORE_MASK,
             q=T("1 n s d"),
             k=T("1 n t d"),
             bias=T(f"n {rows} t"),
@@ -367,23 +249,23 @@ RULES = (
         rule(
             upcast_scores,
             lambda q, k: ops.attention_scores(q.to(torch.float32), k.to(torch.float32), 1.0),
-            carry=_ARGUMENTS[:3],
+            carry=ARGUMENTS[:3],
             q=T("b h s d", half),
             k=T("b h t d", half),
         )
-        for half in _HALF
+        for half in HALF
     ),
     rule(
         multiplied_scores,
         lambda q, k, scale, factor: ops.attention_scores(q, k, scale * factor),
-        _QK,
+        QK,
         scale=_SCALE,
         factor=_FACTOR,
     ),
     rule(
         divided_scores,
         lambda q, k, scale, divisor: ops.attention_scores(q, k, scale / divisor),
-        _QK,
+        QK,
         scale=_SCALE,
         divisor=_DIVISOR,
     ),
@@ -406,148 +288,25 @@ RULES = (
     rule(
         scaled_query_scores,
         lambda q, k, scale, factor: ops.attention_scores(q, k, scale * factor),
-        _QK,
-        carry=_ARGUMENTS[1:],
+        QK,
+        carry=ARGUMENTS[1:],
         scale=_SCALE,
         factor=_FACTOR,
     ),
     rule(
         divided_query_scores,
         lambda q, k, scale, divisor: ops.attention_scores(q, k, scale / divisor),
-        _QK,
-        carry=_ARGUMENTS[1:],
+        QK,
+        carry=ARGUMENTS[1:],
         scale=_SCALE,
         divisor=_DIVISOR,
     ),
     rule(
         gemma_softcap,
         lambda q, k, scale, cap: ops.attention_scores(q, k, scale * cap, None, cap),
-        _QK,
+        QK,
         guard=_positive,
         scale=_SCALE,
         cap=Float(50.0),
-    ),
-    rule(
-        added_mask,
-        lambda q, k, mask: ops.attention_scores(q, k, 1.0, mask),
-        MASKED,
-        carry=_BEFORE_MASK,
-        mask=MASK,
-    ),
-    rule(
-        subtracted_mask,
-        lambda q, k, mask: ops.attention_scores(q, k, 1.0, -mask),
-        MASKED,
-        carry=_BEFORE_MASK,
-        mask=MASK,
-    ),
-    rule(
-        subtracted_from_bias,
-        lambda q, k, bias, mask: ops.attention_scores(q, k, 1.0, bias - mask),
-        MASKED,
-        carry=_BEFORE_MASK,
-        bias=MASK,
-        mask=MASK,
-    ),
-    rule(
-        floored_scores,
-        lambda q, k, bias: ops.attention_scores(q, k, 1.0, bias.clamp_min(torch.finfo(bias.dtype).min)),
-        MASKED,
-        carry=_BEFORE_MASK,
-        bias=MASK,
-    ),
-    rule(
-        floored_filled_scores,
-        lambda q, k, seen: ops.attention_scores(q, k, 1.0, seen, None, True),
-        MASKED,
-        carry=_BEFORE_MASK,
-        seen=BOOL,
-    ),
-    rule(added_nothing, lambda q, k: ops.attention_scores(q, k, 1.0), _QK, carry=_ARGUMENTS),
-    *(
-        rule(
-            widened_scores,
-            lambda q, k, mask: ops.attention_scores(q.to(torch.float32), k.to(torch.float32), 1.0) + mask,
-            carry=_ARGUMENTS[:3],
-            q=T("... s d", half),
-            k=T("... t d", half),
-            mask=T("...|1 s|1 t", "float32"),
-        )
-        for half in _HALF
-    ),
-    *(
-        rule(
-            narrow_mask,
-            lambda q, k, mask: ops.attention_scores(q, k, 1.0) + mask.to(torch.float32),
-            carry=_ARGUMENTS,
-            q=T("... s d", "float32"),
-            k=T("... t d", "float32"),
-            mask=T("...|1 s|1 t", half),
-        )
-        for half in _HALF
-    ),
-    rule(
-        added_to_bias,
-        lambda q, k, bias, mask: ops.attention_scores(q, k, 1.0, bias + mask),
-        MASKED,
-        carry=_BEFORE_MASK,
-        bias=MASK,
-        mask=MASK,
-    ),
-    rule(
-        added_to_filled,
-        lambda q, k, seen, mask: ops.attention_scores(q, k, 1.0, _lowered_too(mask, ~seen)),
-        MASKED,
-        carry=_BEFORE_MASK,
-        seen=BOOL,
-        mask=MASK,
-    ),
-    rule(
-        filled_mask,
-        lambda q, k, hidden: ops.attention_scores(q, k, 1.0, ~hidden, None, True),
-        MASKED,
-        carry=_BEFORE_MASK,
-        hidden=BOOL,
-    ),
-    rule(
-        filled_biased_scores,
-        lambda q, k, bias, hidden: ops.attention_scores(q, k, 1.0, lowered(bias, hidden)),
-        MASKED,
-        carry=_BEFORE_MASK,
-        bias=MASK,
-        hidden=BOOL,
-    ),
-    rule(
-        infinite_mask,
-        lambda q, k, hidden: ops.attention_scores(q, k, 1.0, ~hidden),
-        MASKED,
-        carry=_BEFORE_MASK,
-        hidden=BOOL,
-    ),
-    rule(
-        infinite_biased_scores,
-        lambda q, k, bias, hidden: ops.attention_scores(q, k, 1.0, bias.masked_fill(hidden, float("-inf"))),
-        MASKED,
-        carry=_BEFORE_MASK,
-        bias=MASK,
-        hidden=BOOL,
-    ),
-    rule(
-        shown_mask,
-        lambda q, k, seen, fill: ops.attention_scores(q, k, 1.0).masked_fill(~seen, fill),
-        MASKED,
-        carry=_BEFORE_MASK,
-        guard=representable,
-        seen=BOOL,
-        fill=_FILL,
-    ),
-    rule(
-        hidden_mask,
-        lambda q, k, hidden, fill: ops.attention_scores(q, k, 1.0).masked_fill(hidden, fill),
-        MASKED,
-        carry=_BEFORE_MASK,
-        guard=representable,
-        hidden=BOOL,
-        fill=_FILL,
     ),
 )

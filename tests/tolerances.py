@@ -57,6 +57,7 @@ INT8_ON_ANOTHER_DEVICE = Miss(rtol=1e-3, atol=1e-3)  # fp32 on a GPU and on a CP
 
 # ------------------------------------------------------------------------------------------- share of FLOPs
 
+ROUTER = 0.05  # unmatched: a router's choice, beside experts that are matched
 ROPE_ANGLES = 1e-4  # unmatched: where rope's angles are an outer product, a matmul, they are 5e-5 to 7e-5
 
 
