@@ -171,7 +171,47 @@ def test_chunks_longer_than_the_sequence_vanish() -> None:
         return (i // chunk == j // chunk) & (j <= i)
 
     assert describe(read(lambda x: mask(x, 8), ids(2, 7))) == "causal"
-    assert read(lambda x: mask(x, 4), ids(2, 7)).rest is not None
+    assert describe(read(lambda x: mask(x, 4), ids(2, 7))) == "causal & chunks of 4"
+
+
+def test_chunks_of_rows_that_start_late() -> None:
+    def mask(start: torch.Tensor) -> torch.Tensor:
+        b, i, j = indices(2, 7, 7)
+        return ((i - start[b]) // 3 == (j - start[b]) // 3) & (j <= i)
+
+    form = read(mask, torch.tensor([0, 2]))
+    assert describe(form) == "causal & chunks of 3" and form.rest is not None
+    assert arguments(form).bias is not None
+
+
+def test_blocks_of_a_packed_batch() -> None:
+    def mask(block: torch.Tensor) -> torch.Tensor:
+        b, i, j = indices(2, 7, 7)
+        return (block[b, i] == block[b, j]) & (j <= i)
+
+    form = read(mask, ids(2, 7))
+    assert describe(form).startswith("causal & blocks of ") and form.rest is not None
+
+
+@pytest.mark.parametrize("rounding", ["trunc", None])
+def test_another_division_is_no_chunk(rounding: str | None) -> None:
+    def mask(x: torch.Tensor) -> torch.Tensor:
+        i, j = torch.arange(7)[:, None], torch.arange(7)[None, :]
+        return torch.div(i - 3, 4, rounding_mode=rounding) == torch.div(j - 3, 4, rounding_mode=rounding)
+
+    assert "chunks" not in describe(read(mask, ids(2, 7)))
+
+
+@pytest.mark.parametrize("low", [MIN, -1e30])
+def test_the_floor_under_an_additive_mask(low: float) -> None:
+    """-inf becomes the floor: a row without keys is then a mean."""
+
+    def mask(x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.ones(7, 7, dtype=torch.bool).triu(1)
+        return torch.zeros(7, 7).masked_fill(hidden, float("-inf")).clamp_min(low)
+
+    form = read(mask, ids(2, 7))
+    assert form.causal and form.additive_fill == torch.tensor(low).item() and form.bias is None
 
 
 def test_transposed_and_permuted_views() -> None:
