@@ -52,6 +52,15 @@ def fake_mode_of(values: Sequence[object]) -> FakeTensorMode | None:
     return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
 
 
+def fake_like(value: FakeTensor) -> FakeTensor:
+    """Another fake tensor of the same sizes, strides, dtype and device, in memory of its own; nothing runs.
+
+    `empty_like` costs ten times as much: it is dispatched. Sizes have to be numbers.
+    """
+    meta = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta")
+    return FakeTensor(value.fake_mode, meta, value.device)
+
+
 def faked(values: Sequence[object], mode: FakeTensorMode) -> list[object]:
     """The values with every real tensor as a fake of the same sizes and strides; tensors that alias still
     alias.

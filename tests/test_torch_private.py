@@ -48,6 +48,15 @@ def test_faked() -> None:
     assert a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
+def test_fake_like() -> None:
+    with p.new_fake_mode() as mode:
+        x = torch.empty(4, 6, dtype=torch.bfloat16)[:, 1:3].t()
+    y = p.fake_like(x)
+    assert isinstance(y, p.FakeTensor) and y.fake_mode is mode
+    assert (y.shape, y.stride(), y.dtype, y.device) == (x.shape, x.stride(), x.dtype, x.device)
+    assert y.untyped_storage()._cdata != x.untyped_storage()._cdata
+
+
 def test_symbolic_numbers() -> None:
     mode = p.new_fake_mode(symbolic=True)
     one, same, other = (

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from graphopt import graph as g
-from graphopt import ops
+from graphopt import ops, torch_private
 from graphopt.observe import Matched, Refused, emit
 from graphopt.rewrite import Match, Refusal, fake_result
 
@@ -94,6 +94,7 @@ class _Merger:
     weights: set[fx.Node]  # what depends on weights alone
     joins: dict[fx.Node, fx.Node]
     ids: dict[str, int] = field(default_factory=dict)
+    values: dict[object, torch_private.FakeTensor] = field(default_factory=dict)  # by call: layers are alike
 
     def merge(self, siblings: Sequence[fx.Node]) -> None:
         """Merge the linears of one input, each group of equals for itself; refuse the others."""
@@ -163,7 +164,7 @@ class _Merger:
             node = self.graph.call_function(target, args)  # type: ignore[arg-type]  # nodes and plain values
             g.copy_provenance(node, first)
             node.meta |= {"origin": origin, "module_path": parent(first)}
-            g.set_val(node, fake_result(node))
+            g.set_val(node, self.value(node))
             self.order[node] = self.order[first]
             new.append(node)
             return node
@@ -191,6 +192,21 @@ class _Merger:
         if self.ctx.ledger:
             self.ctx.ledger.rewrote(match, (_Merger.apply,), before, pieces)
         emit(self.ctx.observers, Matched(match))
+
+    def value(self, node: fx.Node) -> object:
+        """A new call's abstract value: like that of an equal call on equal tensors, if there was one."""
+        inputs = [g.tensor(n) for n in node.all_input_nodes]
+        if any(x is None or not all(type(n) is int for n in (*x.shape, *x.stride())) for x in inputs):
+            return fake_result(node)
+        about = [(x.shape, x.stride(), x.dtype, x.device) for x in inputs if x is not None]
+        plain = fx.node.map_arg(node.args, lambda n: node.all_input_nodes.index(n))
+        key = repr((node.target, about, plain))
+        if key in self.values:
+            return torch_private.fake_like(self.values[key])
+        result = fake_result(node)
+        if isinstance(result, torch_private.FakeTensor):
+            self.values[key] = result
+        return result
 
     def hoist(self, needed: Sequence[fx.Node], place: fx.Node) -> None:
         """Move what is computed from weights alone before the first sibling, with what that needs."""

@@ -216,6 +216,20 @@ def test_ids_are_stable_and_distinct() -> None:
     assert ops.linear.overload is LINEAR
 
 
+def test_values_of_equal_layers_are_as_if_each_were_run() -> None:
+    build = Builder()
+    x, outs = build.input("x", 2, 3, 8), []
+    for layer in range(3):
+        q, k = (build.call(LINEAR, x, build.weight(f"w{layer}{i}", 8, 8), None) for i in range(2))
+        outs.append(build.call(ops.gated_activation.overload, q, k, "silu"))
+        x = build.call(aten.neg.default, x)
+    gm, _ = merged(build.done(*outs))  # which compares values and shapes
+    pieces = calls(gm, aten.slice.Tensor)
+    vals = [g.tensor(n) for n in pieces]
+    assert len(pieces) == 6 and {v.stride() for v in vals if v is not None} == {(48, 16, 1)}
+    assert len({v.untyped_storage()._cdata for v in vals if v is not None}) > 1, "each layer has its own"
+
+
 def test_memory_that_a_program_reads_itself_is_not_the_merged_one() -> None:
     """A piece of a merged product has other strides than the product that it was (Longformer's windows)."""
 
