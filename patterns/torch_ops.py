@@ -123,17 +123,18 @@ def literal(name: str) -> Callable[[fx.Node], Mapping[str, object] | str]:
 
 
 def floor(node: fx.Node) -> Mapping[str, object] | str:
-    """maximum(x, full([], c)) -> clamp_min(x, c)"""
+    """maximum(x, full([], c)) -> clamp_min(x, c); torch rounds c to x's dtype first."""
     x, other = node.args[:2]
     number = _constant(other)
     assert isinstance(x, fx.Node) and isinstance(other, fx.Node)
     if not isinstance(number, (int, float)):
         return "other is no constant"
-    if g.dtype(x) != g.dtype(node) or g.dtype(other) != g.dtype(x) or not g.dtype(x).is_floating_point:
-        return "other decides the dtype, or is no float"
+    if g.dtype(x) != g.dtype(node) or not g.dtype(x).is_floating_point:
+        return "other decides the dtype, or x is no float"
     if not g.same_shape(g.shape(x), g.shape(node)):
         return "other decides the shape"
-    return {"self": x, "min": torch.tensor(number, dtype=g.dtype(x), device="cpu").item()}
+    kept = torch.tensor(number, dtype=g.dtype(other), device="cpu").to(g.dtype(x))
+    return {"self": x, "min": kept.item()}
 
 
 def _constant(x: object) -> object:

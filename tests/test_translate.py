@@ -67,6 +67,8 @@ TRANSLATED: tuple[tuple[str, Callable[..., Tensor], Maker], ...] = (
     ("where_full", lambda x, y: torch.where(y > 0, x, torch.full([], -2.5)), _made((2, 3), (3,))),
     ("where_full", lambda x, y: torch.where(y > 0, x, torch.full_like(x, 2.5)), _made((2, 3), (2, 3))),
     ("fill_full", lambda x, y: x.masked_fill(y > 0, torch.full([], -2.5)), _made((2, 3), (3,))),
+    ("maximum_full", lambda x: torch.max(x, torch.full((), 0.1)), _made((2, 3))),
+    ("maximum_full", lambda x: torch.maximum(x, torch.full_like(x, -0.3)), _made((2, 3))),
 )
 
 
@@ -135,6 +137,14 @@ REFUSED: tuple[tuple[str, Callable[..., Tensor], Maker, str], ...] = (
         lambda x: torch.where(x > 0, x, torch.full([], 0.1, dtype=torch.float16)),
         _made((3,)),
         "other is 0.1 as torch.float16: 0.0999755859375",
+    ),
+    ("maximum_full", lambda x, y: torch.maximum(x, y), _made((2,), (2,)), "other is no constant"),
+    ("maximum_full", lambda x: torch.maximum(x, torch.full([2, 3], 0.1)), _made((3,)), "decides the shape"),
+    (
+        "maximum_full",
+        lambda x: torch.maximum(x, torch.full([3], 0.1, dtype=torch.float64)),
+        _made((3,)),
+        "other decides the dtype",
     ),
     ("torch_linear", lambda x, w: F.linear(x, w), _made((3, 8), (8,)), "the weight has 1 dimensions, not 2"),
     (
