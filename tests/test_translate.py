@@ -67,7 +67,7 @@ TRANSLATED: tuple[tuple[str, Callable[..., Tensor], Maker], ...] = (
     ("where_full", lambda x, y: torch.where(y > 0, x, torch.full([], -2.5)), _made((2, 3), (3,))),
     ("where_full", lambda x, y: torch.where(y > 0, x, torch.full_like(x, 2.5)), _made((2, 3), (2, 3))),
     ("fill_full", lambda x, y: x.masked_fill(y > 0, torch.full([], -2.5)), _made((2, 3), (3,))),
-    ("maximum_full", lambda x: torch.max(x, torch.full((), 0.1)), _made((2, 3))),
+    ("maximum_full", lambda x: torch.max(x, torch.full((), 0.125)), _made((2, 3))),
     ("maximum_full", lambda x: torch.maximum(x, torch.full_like(x, -0.3)), _made((2, 3))),
 )
 
