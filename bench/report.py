@@ -1,4 +1,4 @@
-"""The README's tables, made from `bench/results/*.json`: `python -m bench.report` puts them in."""
+"""The tables of the README and of the zoo's page, made of `bench/results/*.json` by `python -m bench.report`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 
 from bench import record
 from graphopt.tools.zoo.build import GROUPS
-from graphopt.tools.zoo.row import Row
-from graphopt.tools.zoo.table import SHOWN, totals
+from graphopt.tools.zoo.inputs import BATCH
+from graphopt.tools.zoo.row import SHOWN, TOKENS, Row
+from graphopt.tools.zoo.table import totals
 
 README = Path(__file__).parent.parent / "README.md"
+PAGES = (README, Path(__file__).parent / "results" / "zoo.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -131,16 +133,51 @@ def zoo() -> str:
     note = (
         f"Tiny random models; torch {m['torch']}, transformers {m['transformers']}. Each type is run as "
         f"{', '.join(ways)} (dtype, padding). Right: every graph keeps the accuracy rule against its fp64 "
-        "oracle. Recognised: of what an eager run counts in the types that build. "
+        f"oracle. Decode: greedy tokens of a padded prompt, {TOKENS} a row, with the type's own cache, are "
+        "eager's, and each call keeps the rule. Recognised: of what an eager run counts in the types that build. "
         f"{broken} types do not build or run in eager; {handed} run as they were written, in part at least."
     )
-    head = ("", "types", "build", "right", "norms", "attentions", "MLPs", "ropes", "expert blocks")
+    head = ("", "types", "build", "right", "decode", "norms", "attentions", "MLPs", "ropes", "expert blocks")
     return markdown(head, [*lines, _zoo_line("all", rows)], note)
+
+
+def types() -> str:
+    """A line for each type of the zoo; under them what came nearest where something is missing."""
+    rows = sorted((Row.from_dict(x) for x in record.read("zoo")["rows"]), key=_order)
+    head = ("type", "", *SHOWN, "graphs", "unmatched", "right", "greedy tokens")
+    lines = [_type_line(row) for row in rows if row.broken is None]
+    broken = [f"* `{row.type}` ({row.group}): {_plain(row.broken)}" for row in rows if row.broken is not None]
+    missing = [
+        "\n".join([f"* `{row.type}`: {', '.join(row.missing())}", *(f"  * {_plain(x)}" for x in row.near())])
+        for row in rows
+        if row.broken is None and row.missing()
+    ]
+    parts = ["Recognised of what is there.", "", "Not recognised, with what came nearest:", "", *missing]
+    parts += ["", "Not built, or not run in eager:", "", *broken] if broken else []
+    return markdown(head, lines, "\n".join(parts))
+
+
+def _order(row: Row) -> tuple[int, str]:
+    return GROUPS.index(row.group), row.type
+
+
+def _type_line(row: Row) -> tuple[object, ...]:
+    fractions = [f"{row.found(what)}/{row.there[what]}" if row.there.get(what) else "" for what in SHOWN]
+    graphs = max(run.graphs for run in row.runs.values())
+    share = max(sum(run.unmatched.values()) for run in row.runs.values())
+    tokens = f"{row.decoded.tokens}/{TOKENS * BATCH}" if row.decoded else ""
+    return row.type, row.group, *fractions, graphs, f"{share:.0%}", "yes" if row.right else "no", tokens
+
+
+def _plain(text: str) -> str:
+    """Text in which Markdown finds nothing to do."""
+    return re.sub(r"([<>*_`|\[\]])", r"\\\1", " ".join(text.split()))
 
 
 def _zoo_line(name: str, rows: Sequence[Row]) -> tuple[object, ...]:
     found = totals(rows)
-    return name, found.types, found.built, found.right, *(_part(*found.kinds[what]) for what in SHOWN)
+    numbers = (found.types, found.built, found.right, found.decoded)
+    return name, *numbers, *(_part(*found.kinds[what]) for what in SHOWN)
 
 
 def _part(found: int, there: int) -> str:
@@ -153,6 +190,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "passes": passes,
     "compiled": compiled,
     "zoo": zoo,
+    "types": types,
 }
 
 
@@ -165,8 +203,9 @@ def fill(text: str) -> str:
 
 
 def main() -> None:
-    """Rewrite the README's tables."""
-    README.write_text(fill(README.read_text()))
+    """Rewrite the tables of all pages."""
+    for page in PAGES:
+        page.write_text(fill(page.read_text()))
 
 
 if __name__ == "__main__":

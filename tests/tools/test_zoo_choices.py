@@ -41,6 +41,15 @@ def test_what_a_router_masks_does_not_count() -> None:
     assert margins.least == math.inf
 
 
+def test_padding_does_not_count() -> None:
+    scores = torch.tensor([[[2.0, 2.0, 0.0], [3.0, 1.0, 0.0]]])
+    for given, expected in ((None, 0.0), (torch.tensor([[0, 1]]), 2.0)):
+        with Margins(given) as margins:
+            scores.topk(1)
+        chosen = scores[:, 1] if given is not None else scores
+        assert margins.least * float(chosen.double().std()) == pytest.approx(expected)
+
+
 def test_a_model_without_choices_keeps_its_inputs() -> None:
     assert clear_seed(tiny_model("llama"), "left") == 0
 

@@ -20,8 +20,12 @@ SEEDS = 16  # of inputs that are tried
 
 @dataclass
 class Margins(TorchFunctionMode):
-    """The `least` distance between what a top-k takes and what it leaves, in deviations of its scores."""
+    """The `least` distance between what a top-k takes and what it leaves, in deviations of its scores.
 
+    mask: [batch, length], 0 at padding, whose choices do not count.
+    """
+
+    mask: torch.Tensor | None = None
     least: float = math.inf
 
     def __post_init__(self) -> None:
@@ -46,8 +50,11 @@ class Margins(TorchFunctionMode):
         if not 0 < k < input.shape[dim] or not input.is_floating_point():
             return
         with torch._C.DisableTorchFunction():
-            scores = input.detach().double().sort(dim, descending=largest).values
-            gaps = (scores.select(dim, k - 1) - scores.select(dim, k)).abs()
+            scores = input.detach().double().movedim(dim, -1)
+            scores = scores.sort(-1, descending=largest).values.reshape(-1, scores.shape[-1])
+            if self.mask is not None and len(scores) == self.mask.numel():
+                scores = scores[self.mask.flatten() != 0]
+            gaps = (scores[:, k - 1] - scores[:, k]).abs()
             spread = scores[scores.isfinite()].std()
             gaps = gaps[gaps.isfinite()]
             if gaps.numel() and spread > 0:
@@ -62,8 +69,9 @@ def clear_seed(model: torch.nn.Module, padding: str) -> int:
     """
     best, widest = 0, -1.0
     for seed in range(SEEDS):
-        with torch.no_grad(), Margins() as margins:
-            model(**example(model, padding=padding, seed=seed))
+        given = example(model, padding=padding, seed=seed)
+        with torch.no_grad(), Margins(given.get("attention_mask")) as margins:
+            model(**given)
         if margins.least == math.inf:
             return 0
         if margins.least > widest:

@@ -16,8 +16,7 @@ from platformdirs import user_cache_path
 
 import graphopt
 from graphopt.errors import OptionError
-from graphopt.tools.zoo.row import Row
-from graphopt.tools.zoo.table import SHOWN
+from graphopt.tools.zoo.row import SHOWN, Row
 from graphopt.tools.zoo.workers import Worker, examined
 
 

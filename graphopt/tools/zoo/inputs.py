@@ -10,6 +10,7 @@ import torch
 from graphopt.errors import OptionError
 
 SAMPLES = 800  # of raw audio, 0.05 s; doubled where they become fewer than two positions
+BATCH = 3  # rows
 FIRST_TOKEN = 3  # those before are padding, begin and end
 FRAMES = 32  # of features, where the config does not say how many there must be
 
@@ -17,7 +18,7 @@ FRAMES = 32  # of features, where the config does not say how many there must be
 def example(
     model: torch.nn.Module,
     *,
-    batch: int = 3,
+    batch: int = BATCH,
     length: int = 9,
     padding: str = "none",
     dtype: torch.dtype = torch.float32,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
+SHOWN = ("norm", "attention", "mlp", "rope", "experts")  # what the tables have a column for
+NEAR = 3  # near misses told of a type that is not recognised completely
 TOKENS = 2  # of a decoding: one from the prompt's call, one from a call with the cache
 
 
@@ -79,8 +81,21 @@ class Row:
         """How many of a kind every run recognised, no more than there are."""
         return min([self.there.get(what, 0), *(run.found.get(what, 0) for run in self.runs.values())])
 
+    def missing(self) -> list[str]:
+        """The columns of which some run recognised less than there is."""
+        return [what for what in SHOWN if self.found(what) < self.there.get(what, 0)]
+
+    def near(self) -> list[str]:
+        """What came nearest to what is missing: near misses of rules, and where Dynamo broke the program."""
+        run = next(iter(self.runs.values()), Run())
+        near = [f"{rule} {miss}" for rule, miss in list(run.misses.items())[:NEAR]]
+        return [*near, *(f"graph break: {text}" for text in run.ends[:NEAR])]
+
     def short(self) -> Row:
-        """The row with its runs as one: what all of them found, what any of them broke; no rules."""
+        """The row with its runs as one: what all of them found, what any of them broke.
+
+        Of the rules only the near misses stay, where something is missing.
+        """
         runs = tuple(self.runs.values())
         if not runs:
             return self
@@ -92,10 +107,12 @@ class Row:
             refused=list(dict.fromkeys(text for run in runs for text in run.refused)),
             wrong=list(dict.fromkeys(text for run in runs for text in run.wrong)),
         )
+        if self.missing():
+            whole.misses, whole.ends = dict(list(runs[0].misses.items())[:NEAR]), runs[0].ends[:NEAR]
         whole.handed_back = max(run.handed_back for run in runs)
         if self.right:
             whole.judged = whole.graphs + whole.recompiled - whole.handed_back
-        decoded = replace(self.decoded, matched={}, misses={}) if self.decoded else None
+        decoded = replace(self.decoded, matched={}, misses={}, ends=[]) if self.decoded else None
         return replace(self, runs={" / ".join(self.runs): whole}, decoded=decoded)
 
     def to_dict(self) -> dict[str, object]:

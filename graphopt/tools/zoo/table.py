@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphopt.errors import OptionError
-from graphopt.tools.zoo.row import TOKENS, Row, Run
+from graphopt.tools.zoo.row import SHOWN, TOKENS, Row
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-SHOWN = ("norm", "attention", "mlp", "rope", "experts")  # the columns
 WATCHED = (*SHOWN, "linear")  # a match of these must not get lost
-NEAR = 3  # near misses shown of a type that is not recognised completely
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -68,8 +66,7 @@ def details(rows: Iterable[Row]) -> list[str]:
         if row.undecoded:
             said[f"not decoded, for eager raises {row.undecoded}"] = ["float32"]
         lines += [f"{row.type} ({', '.join(names)}): {text}" for text, names in said.items()]
-        short = [what for what in SHOWN if row.found(what) < row.there.get(what, 0)]
-        if short:
+        if short := row.missing():
             lines += [f"{row.type}: short of {', '.join(short)}; nearest misses:", *_near(row)]
         lines += _short_decoding(row)
     return lines
@@ -88,9 +85,7 @@ def _short_decoding(row: Row) -> list[str]:
 
 
 def _near(row: Row) -> list[str]:
-    run = next(iter(row.runs.values()), Run())
-    near = [f"    {rule} {miss}" for rule, miss in list(run.misses.items())[:NEAR]]
-    return [*near, *(f"    graph break: {text}" for text in run.ends[:NEAR])]
+    return [f"    {text}" for text in row.near()]
 
 
 @dataclass(frozen=True)
