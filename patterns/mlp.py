@@ -79,6 +79,11 @@ def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     return ops.activation(gate, kind) * up
 
 
+def wide_gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    """act(gate) * up in fp32 of what is half, and half again: what the op does anyway (Beam's experts)"""
+    return ops.gated_activation(gate.to(torch.float32), up.to(torch.float32), kind).to(gate.dtype)
+
+
 def _activation(kind: str) -> Callable[[Tensor], Tensor]:
     return lambda x: ops.activation(x, kind)
 
@@ -113,5 +118,15 @@ RULES = (
         gate=T("... n"),
         up=T("... n"),
         kind=Text("quick_gelu"),
+    ),
+    *(
+        rule(
+            wide_gated,
+            lambda gate, up, kind: ops.gated_activation(gate, up, kind),
+            gate=T("... n", half),
+            up=T("... n", half),
+            kind=Text("quick_gelu"),
+        )
+        for half in ("bfloat16", "float16")
     ),
 )
