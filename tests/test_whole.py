@@ -166,6 +166,34 @@ def test_what_no_rewrite_did_is_caught(
     assert outcome.report.fallback is not None and outcome.report.fallback in warning
 
 
+class Chunks(torch.nn.Module):
+    """Siblings that are merged; the result of one is read by its memory, where lies another's, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = torch.nn.Linear(20, 12), torch.nn.Linear(20, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.q(x), self.k(x)
+        return q.as_strided((3, 4, 12), (24, 12, 1)).sum(1) + k[:3]
+
+
+def test_a_merge_that_moves_what_is_read_by_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A linear's result became a slice of the merged one's: right, until its strides were not asked for."""
+
+    def as_it_is(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> fx.Node:
+        return s.emit(aten.as_strided.default, args, kwargs, g.val(node), node)
+
+    model, x = Chunks().eval().requires_grad_(False), torch.randn(8, 20)
+    agree(ran(model, lambda c: c(x), strict=True).results[0], model(x))  # type: ignore[arg-type]  # a tensor
+    monkeypatch.setitem(spellings.SPELLINGS, aten.as_strided.default, as_it_is)
+    torch.compiler.reset()
+    outcome = ran(model, lambda c: c(x))
+    agree(outcome.results[0], model(x))  # type: ignore[arg-type]  # a tensor
+    assert found(outcome).state == WRONG and not outcome.found.taken_back
+    assert any(m.rule == "merge_siblings" for m in outcome.report.matches)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_strict_raises_at_every_call(
     monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
