@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -88,12 +88,16 @@ def rmse(expected: torch.Tensor, found: torch.Tensor) -> float:
     return float((expected.double() - found.double()).square().mean().sqrt())
 
 
-def raise_to_fp64(gm: fx.GraphModule) -> fx.GraphModule:
+def raise_to_fp64(gm: fx.GraphModule, late: Collection[fx.Node] = ()) -> fx.GraphModule:
     """to(x, bf16) -> to(x, fp64), for every cast, factory, softmax and mask constant of an ATen graph.
 
     The result is called like `gm`; each call converts floating-point inputs and constants (weights too) to
     fp64, and clones the rest, so that inputs the graph mutates stay as they were. An input passed twice stays
     one tensor; two views of one storage do not. `model.double()` is no oracle: norms and rope cast to fp32.
+
+    Args:
+        late: inputs that are never written, which are converted for each call that reads them: weights, of
+            which one at a time is then held in fp64.
 
     Raises:
         ValueError: the graph reinterprets bits or holds a submodule, which has no meaning in fp64.
@@ -103,10 +107,15 @@ def raise_to_fp64(gm: fx.GraphModule) -> fx.GraphModule:
     constants: dict[object, fx.Node] = {}
     for node in graph.placeholders(gm.graph):
         env[node] = raised.node_copy(node)
-    twins = raised.call_function(_twins, tuple(env.values()))
-    for i, node in enumerate(list(env)):
+    given = {node: env[node] for node in env if node in late}
+    early = [node for node in env if node not in given]
+    twins = raised.call_function(_twins, tuple(env[node] for node in early))
+    for i, node in enumerate(early):
         env[node] = raised.call_function(operator.getitem, (twins, i))
     for node in gm.graph.nodes:
+        for read in node.all_input_nodes:
+            if read in given:
+                env[read] = raised.call_function(_twin, (given[read],))
         if node.op == "get_attr" and node.target not in constants:
             constants[node.target] = raised.call_function(_twin, (raised.node_copy(node),))
         if node.op == "get_attr":

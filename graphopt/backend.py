@@ -119,12 +119,14 @@ class Guarded:
         writes: whether a run may change its inputs. After half a run, the original would then start from
             another state: the failure is raised instead.
         run: what is called: our program as it was when it was last looked at, until it has failed.
+        broken: whether it has failed by an error.
     """
 
     live: Live
     original: Callable[..., object]
     writes: bool
     run: Callable[..., object] = field(init=False)
+    broken: bool = field(default=False, init=False)
     _admitted: dict[tuple[int, ...], int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -132,7 +134,7 @@ class Guarded:
 
     def __call__(self, *args: object) -> object:
         """Run on the graph's inputs and weights, in placeholder order."""
-        if self.live.waiting and self.run is not self.original:
+        if self.live.waiting and not self.broken:
             return self._run_anew(args)
         if STORE.owners:
             self._admit(args)
@@ -144,12 +146,11 @@ class Guarded:
     def _run_anew(self, args: tuple[object, ...]) -> object:
         """Let the program be verified or built again, and run what came out."""
         try:
-            self.live.catch_up(args)
+            self.live.catch_up(args, self.original, self._look)
         except (StrictError, ExpectError):
             raise
         except Exception as error:
             return self._recover(args, error, ran=False)
-        self._look()
         try:
             if STORE.owners:
                 self._admit(args)
@@ -164,8 +165,8 @@ class Guarded:
         return result
 
     def _look(self) -> None:
-        """Take the program as it is now."""
-        self.run = self.live.built.run
+        """Take the program as it is now; the original, where that gives other numbers."""
+        self.run = self.original if self.live.wrong else self.live.built.run
         self._admitted.clear()
 
     def _admit(self, args: tuple[object, ...]) -> None:
@@ -195,7 +196,7 @@ class Guarded:
         if self.live.strict:
             raise StrictError(reason) from error
         log.debug("failed at run time", exc_info=error)
-        self.run = self.original
+        self.run, self.broken = self.original, True
         warnings.warn(_says(reason), stacklevel=3)
         return result
 

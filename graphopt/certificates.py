@@ -1,4 +1,5 @@
-"""Certificates: rewrites that have been verified, by what they did; kept on disk, so that none is run again.
+"""Certificates: rewrites and whole graphs that have been verified, by what they did; kept on disk, so that
+none is run again.
 
 A certificate covers one shape class: the same calls with the same literals on tensors of the same dtypes, of
 which the same dimensions are 0, 1, fixed or symbolic.
@@ -22,7 +23,7 @@ from torch import fx
 
 from graphopt import graph as g
 from graphopt import records
-from graphopt.ledger import Call, Rewrite
+from graphopt.ledger import Call, Rewrite, call_of
 from graphopt.torch_private import OpOverload
 
 log = logging.getLogger(__name__)
@@ -39,8 +40,8 @@ class Certificates:
         self._known: dict[str, Mapping[str, object]] = {}
         self._lock = threading.Lock()
 
-    def get(self, key: str) -> Mapping[str, object] | None:
-        """The certificate of that key. A damaged record is as good as none, and a warning."""
+    def get(self, key: str, what: str = "rewrite") -> Mapping[str, object] | None:
+        """The certificate of that key. A damaged record is as good as none, and a warning: of what it was."""
         with self._lock:
             known = self._known.get(key)
         path = self._path(key)
@@ -50,7 +51,7 @@ class Certificates:
         if found is None or found.get("key") != key:
             if path.exists():
                 warnings.warn(
-                    f"graphopt: the certificate {path.name} in {path.parent} is damaged; its rewrite is "
+                    f"graphopt: the certificate {path.name} in {path.parent} is damaged; its {what} is "
                     "verified again",
                     stacklevel=2,
                 )
@@ -114,6 +115,36 @@ def shape_of(rewrite: Rewrite) -> str:
             env[call.node] = f"{side}{i}"
             lines.append(f"{side}{i} = {_call(call, env)}: {_class(g.val(call.node))}")
         lines += [env[pair[side == "+"]] for pair in rewrite.outputs]
+    return "\n".join(lines)
+
+
+def key_of_graph(captured: fx.Graph, lowered: fx.Graph, functions: Iterable[Callable[..., object]]) -> str:
+    """What was made of a whole graph, as a hash: both graphs, the source of what made and runs it, versions.
+
+    Args:
+        functions: of the rewrites that were applied.
+    """
+    called = (n.target for n in lowered.nodes if n.op == "call_function")
+    plain = (target for target in called if callable(target) and not isinstance(target, OpOverload))
+    sources = sorted({source_of(f) for f in (*functions, *plain)})
+    values = (g.tensor(n) for n in captured.nodes)
+    devices = dict.fromkeys(v.device for v in values if v is not None and v.device.type != "cpu")
+    versions_there = versions(next(iter(devices), torch.device("cpu")))
+    about = ("whole graph", _text(captured), _text(lowered), *sources, versions_there)
+    return hashlib.sha256("\n".join(about).encode()).hexdigest()[:32]
+
+
+def _text(graph: fx.Graph) -> str:
+    """A graph without the names of its nodes, with what a certificate covers of each value."""
+    env: dict[fx.Node, str] = {}
+    lines = []
+    for i, node in enumerate(graph.nodes):
+        if node.op == "call_function":
+            about = _call(call_of(node), env)
+        else:
+            about = f"{node.op} {node.target if node.op == 'get_attr' else ''} {_spelled(node.args, env)}"
+        env[node] = f"%{i}"
+        lines.append(f"{about}: {_class(g.val(node))}")
     return "\n".join(lines)
 
 

@@ -1,5 +1,5 @@
 """A compiled graph that can be built again without some of its rewrites: those that fail when they are run
-(`verify`), and those that the user takes back (`report.revert`).
+(`verify`), and those that the user takes back (`report.revert`). If it fails as a whole, the original runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from graphopt import graph as g
 from graphopt import torch_private
 from graphopt.autocast import within
 from graphopt.capture import Captured
-from graphopt.certificates import Certificates
+from graphopt.certificates import Certificates, key_of_graph
 from graphopt.defaults import context, pipeline
 from graphopt.errors import GraphoptError, RevertError, StrictError
 from graphopt.expect import check_expected
@@ -32,9 +32,10 @@ from graphopt.passes.shard import HELD, PLAN_HASH
 from graphopt.report import Link, Report
 from graphopt.runtime.ranks import Mesh, Ranked, digest, gathered
 from graphopt.steering import Steering
-from graphopt.verification import NotVerified, TakenBack, Verification
+from graphopt.verification import NOT_JUDGED, WRONG, NotVerified, TakenBack, Verification, Whole
 from graphopt.verify import Budget, Outcome, verify
 from graphopt.weights import Prepared, WeightStore, prepared_weights
+from graphopt.whole import Beside, OriginalFails, verify_whole
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Built:
         moves: which arguments it reads in another layout than their own.
         plans: the hashes of what it prepares.
         ledger: what its rewrites did, until they are verified.
+        key: that of its certificate as a whole; empty where nothing is verified.
     """
 
     run: Callable[..., object]
@@ -59,6 +61,7 @@ class Built:
     moves: frozenset[int]
     plans: frozenset[str]
     ledger: Ledger | None
+    key: str
 
 
 @dataclass(eq=False)
@@ -90,6 +93,7 @@ class Live:
     waiting: bool = field(init=False)
     lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
     _before: tuple[Built, frozenset[str], Mapping[str, object]] | None = field(default=None, init=False)
+    _unjudged: Built | None = field(default=None, init=False)  # whose first call was an error in eager, too
 
     def __post_init__(self) -> None:
         self.built, self.report = self.build(self.deny)
@@ -105,6 +109,12 @@ class Live:
     def strict(self) -> bool:
         """Whether to raise instead of falling back: a rank that does would leave the others waiting."""
         return self.options.strict or self.mesh is not None
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the program as it is gives other numbers than the original, which is to run instead."""
+        found = self.report.verification
+        return found is not None and found.whole is not None and found.whole.state == WRONG
 
     # -------------------------------------------------------------------------------------------- building
 
@@ -125,10 +135,12 @@ class Live:
             run = Ranked(run, self.mesh, plan, gm.meta[HELD])
         plans = [plan for part in gm.children() if isinstance(part, Prepared) for plan in part.plans]
         moves = {i for plan in plans for i in plan.moves()}
-        built = Built(
-            run, self._reads(gm), frozenset(moves), frozenset(plan.hash for plan in plans), ctx.ledger
-        )
-        return built, report
+        key = ""
+        if ctx.ledger is not None:
+            functions = {f for rewrite in ctx.ledger.rewrites for f in rewrite.functions}
+            key = key_of_graph(self.captured.gm.graph, gm.graph, functions)
+        hashes = frozenset(plan.hash for plan in plans)
+        return Built(run, self._reads(gm), frozenset(moves), hashes, ctx.ledger, key), report
 
     def _reads(self, gm: fx.GraphModule) -> tuple[int, ...]:
         """Which parameters a program reads as they are."""
@@ -143,28 +155,40 @@ class Live:
         with torch_private.no_new_guards(self.captured.mode):
             self.built, report = self.build(deny)
         self.deny = deny
-        report.verification = self.report.verification
+        found = self.report.verification
+        report.verification = dataclasses.replace(found, whole=None) if found is not None else None
         vars(self.report).update(report.__getstate__())
 
     # ------------------------------------------------------------------------------------------- verifying
 
-    def catch_up(self, args: Sequence[object]) -> None:
+    def catch_up(
+        self, args: Sequence[object], original: Callable[..., object], look: Callable[[], None]
+    ) -> None:
         """Verify where that is asked for, and build again without what failed; nothing is written to `args`.
 
+        Args:
+            original: the program that was captured.
+            look: called when the program is what is to run, before any other thread may pass.
+
         Raises:
-            StrictError: under `strict`, if a rewrite failed.
+            StrictError: under `strict`, if a rewrite or the whole failed.
             ExpectError: what is left is less than was expected; at every call.
             GraphoptError: no program was left that passes.
         """
         with self.lock:
-            if self.waiting and self.verifies and self.built.ledger is not None:
-                self._verify(args)
+            if self.waiting and self.verifies:
+                start = time.perf_counter()
+                if self.built.ledger is not None:
+                    self._verify(args, start)
+                self._verify_whole(args, original, start)
             if self.verifies and not self.steering.takes:
                 check_expected(self.report, self.options.expect)  # after what was taken back
-            self.waiting = self.options.verify == "always"
+            look()
+            always = self.options.verify == "always" and not self.wrong
+            self.waiting = always or self._unjudged is self.built
 
-    def _verify(self, args: Sequence[object]) -> None:
-        start, judged = time.perf_counter(), set[str]()
+    def _verify(self, args: Sequence[object], start: float) -> None:
+        judged = set[str]()
         taken: list[TakenBack] = []
         for _ in range(ROUNDS):
             found = self._judge(args)
@@ -190,10 +214,12 @@ class Live:
 
     def _judge(self, args: Sequence[object]) -> Outcome:
         assert self.built.ledger is not None
-        budget = Budget(float(self.options.verify_seconds), self.options.verify_mebibytes << 20)
         every = self.options.verify == "always"
         with within(None):
-            return verify(self.built.ledger, args, self.certificates, budget, every=every)
+            return verify(self.built.ledger, args, self.certificates, self._budget(), every=every)
+
+    def _budget(self) -> Budget:
+        return Budget(float(self.options.verify_seconds), self.options.verify_mebibytes << 20)
 
     def _tell(
         self,
@@ -226,6 +252,46 @@ class Live:
             seconds=before.seconds + time.perf_counter() - start,
         )
 
+    def _verify_whole(self, args: Sequence[object], original: Callable[..., object], start: float) -> None:
+        """Judge the program as it is against the original, once, or at each call."""
+        before = self.report.verification or Verification(self.options.verify)
+        every = self.options.verify == "always"
+        if before.whole is not None and self._unjudged is not self.built and not every:
+            return
+        self._unjudged, began = None, time.perf_counter()
+        whole = self._whole(args, original, start + self._budget().seconds)
+        seconds = before.seconds + time.perf_counter() - began
+        self.report.verification = dataclasses.replace(before, whole=whole, seconds=seconds)
+        if not self.wrong:
+            return
+        message = whole.sentence()
+        if self.options.strict:
+            self.report.verification = dataclasses.replace(self.report.verification, whole=None)
+            raise StrictError(message)
+        self.report.fallback = message
+        self.store.drop(self.built.plans)  # the original reads none of them
+        message = f"graphopt runs the original program: {message}"
+        emit(self.observers, Warned(message))
+        warnings.warn(message, stacklevel=6)
+
+    def _whole(self, args: Sequence[object], original: Callable[..., object], until: float) -> Whole:
+        if self.mesh is not None:
+            return Whole(NOT_JUDGED, reason="under `shard`, where each rank computes a part")
+        if any(m.rule == LOSSY for m in self.report.matches):
+            return Whole(NOT_JUDGED, reason="it is lossy, as asked for")
+        trusted = Certificates() if self.options.verify == "always" else self.certificates
+        prepared = self.report.weights_prepared_bytes if self.store.owners else 0
+        beside = Beside(self.captured, original, self.built.run, prepared)
+        try:
+            with self.store.keeping():
+                whole = verify_whole(beside, args, trusted, self.built.key, self._budget(), until)
+        except OriginalFails as error:
+            self._unjudged = self.built
+            return Whole(NOT_JUDGED, reason=f"the original fails: {error}")
+        if whole.state == WRONG:
+            self.certificates.revoke(self.built.key)
+        return whole
+
     # ---------------------------------------------------------------------------------------- taking back
 
     def revert(self, identity: str) -> None:
@@ -251,6 +317,8 @@ class Live:
     def settle(self) -> None:
         """The program as it is has run: what only the one before it had prepared may go."""
         with self.lock:
+            if self._unjudged is self.built:  # it runs where the captured program does not
+                self._unjudged, self.waiting = None, self.options.verify == "always"
             if self._before is not None:
                 self.store.drop(self._before[0].plans - self.built.plans)
                 self._before = None

@@ -31,8 +31,9 @@ class Options:
         quantize_exclude: names of weights or modules that stay as they are, as `lm_head`, `layers.0` or
             `*.down_proj`; see `graphopt.passes.quantize.Quantize`.
         verify: run each rewrite as old and as new subgraph on the program's own values and take back what
-            gives other numbers: "first" once, at the first call, with certificates that later starts trust;
-            "always" every match at every call; "off" not at all (`graphopt.verify`).
+            gives other numbers, then the whole program beside the original, which runs where the whole gives
+            others: "first" once, at the first call, with certificates that later starts trust; "always" every
+            match at every call; "off" not at all (`graphopt.verify`, `graphopt.whole`).
         verify_seconds: the time that verification may take in a call, in seconds.
         verify_mebibytes: the memory that it may take, in MiB.
     """

@@ -206,12 +206,13 @@ class Owners:
             else may hold them; and not those that share their memory.
         released: weights that have had a stand-in.
         generation: counts stand-ins made; what was readable before the last need not be now.
+        keeping: how many are at work that need all weights as they are (`WeightStore.keeping`).
     """
 
     def __init__(self) -> None:
         self._models: weakref.WeakKeyDictionary[nn.Module, Owned] = weakref.WeakKeyDictionary()
         self.read, self.leaving, self.released, self.mine = Marked(), Marked(), Marked(), Marked()
-        self.generation = 0
+        self.generation = self.keeping = 0
 
     def __bool__(self) -> bool:
         """Whether any model is owned: where none is, nothing has to be looked at."""
@@ -235,6 +236,8 @@ class Owners:
 
     def releasable(self) -> frozenset[int]:
         """The ids of the parameters that may be released: of one model only, and read by no program."""
+        if self.keeping:
+            return frozenset()
         models = [m for m, owned in list(self._models.items()) if owned.release]
         inner = {id(part) for m in models for part in m.modules() if part is not m}
         count = Counter(id(p) for m in models if id(m) not in inner for p in m.parameters() if p in self.mine)

@@ -222,6 +222,8 @@ class Report:
             rows += [("not verified", str(left)) for left in self.verification.not_verified[:SHOWN_KEPT]]
             more = len(self.verification.not_verified) - SHOWN_KEPT
             rows += [("not verified", f"{more} more")] if more > 0 else []
+            whole_graph = self.verification.whole
+            rows += [("whole graph", str(whole_graph))] if whole_graph is not None else []
         rows += [("warning", text) for text in self.warnings]
         return rows
 

@@ -54,6 +54,43 @@ class NotVerified:
         return f"{self.rule} at {self.module_path or 'the graph'}: {self.reason}"
 
 
+RIGHT, CERTIFIED, WRONG, NOT_JUDGED = "right", "by certificate", "wrong", "not judged"
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What running the whole graph beside the original has shown: its outputs and the inputs it writes.
+
+    Attributes:
+        state: "right", "by certificate", "wrong" (the original runs instead) or "not judged".
+        where: the tensor nearest to its limit, as "outputs[0]".
+        error, expected, limit: as in `TakenBack`.
+        reason: why it is wrong or was not judged.
+    """
+
+    state: str
+    where: str = ""
+    error: float = 0.0
+    expected: float = 0.0
+    limit: float = 0.0
+    reason: str = ""
+
+    def sentence(self) -> str:
+        """What is wrong, and what to do."""
+        return (
+            "the graph as a whole gives other numbers, though each rewrite that was judged is right: "
+            f"{self.reason}; error {self.error:.3g}, expected {self.expected:.3g}; `graphopt bisect`, with "
+            "verify off, finds which passes or rewrites it is"
+        )
+
+    def __str__(self) -> str:
+        if self.state in (WRONG, NOT_JUDGED):
+            return f"{self.state}: {self.reason}"
+        if not self.where:
+            return self.state
+        return f"{self.state}: {self.where} has rmse {self.error:.3g}, {self.limit:.3g} is allowed"
+
+
 @dataclass(frozen=True)
 class Verification:
     """The account of one graph. Rewrites that did the same (identical layers) count once.
@@ -67,6 +104,7 @@ class Verification:
         not_verified: for want of budget, or because they cannot be run apart.
         made_up: weights that random numbers stood for: their own were released.
         seconds: spent, over all calls.
+        whole: what became of the graph as a whole; None until it has been called.
     """
 
     mode: str
@@ -77,13 +115,15 @@ class Verification:
     not_verified: tuple[NotVerified, ...] = ()
     made_up: tuple[str, ...] = ()
     seconds: float = 0.0
+    whole: Whole | None = None
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> Verification:
         """From JSON, where tuples are lists."""
+        whole = Whole(**fields["whole"]) if fields.get("whole") is not None else None
         taken = tuple(TakenBack.read(t) for t in fields.get("taken_back", ()))
         left = tuple(NotVerified(**_tuples(n)) for n in fields.get("not_verified", ()))
-        return cls(**{**_tuples(fields), "taken_back": taken, "not_verified": left})
+        return cls(**{**_tuples(fields), "taken_back": taken, "not_verified": left, "whole": whole})
 
     def __str__(self) -> str:
         made_up = f", on {len(self.made_up)} made-up weight(s)" if self.made_up else ""

@@ -80,7 +80,7 @@ def verify(
     values = Values(ledger, inputs, ())
     jobs.sort(key=lambda job: max((place.get(values.captured(n), -1) for n in job[1].leaves()), default=-1))
     values = Values(ledger, inputs, [rewrite.leaves() for _, rewrite in jobs])
-    with torch.no_grad(), torch.random.fork_rng(devices=_devices(inputs)):
+    with torch.no_grad(), torch.random.fork_rng(devices=devices_of(inputs)):
         for key, rewrite in jobs:
             if key in found.failed:
                 continue
@@ -90,7 +90,8 @@ def verify(
             if isinstance(verdict, Verdict) and not verdict.ok:
                 certificates.revoke(key)
             elif isinstance(verdict, Verdict) and keep is not None and not values.made_up:
-                keep.keep(key, _certificate(rewrite, verdict))
+                about = {"rule": rewrite.match.rule, "shape": shape_of(rewrite)}
+                keep.keep(key, {**about, **certificate(verdict)})
     found.made_up = set(values.made_up)
     return found
 
@@ -106,7 +107,7 @@ def _judge(rewrite: Rewrite, values: Values, budget: Budget, until: float) -> Ve
     if time.perf_counter() > until:
         return f"the time budget of {budget.seconds:g} s is used up"
     if bytes_needed > budget.bytes:
-        return f"it takes {_mib(bytes_needed)} MiB, the memory budget is {_mib(budget.bytes)} MiB"
+        return f"it takes {mib(bytes_needed)} MiB, the memory budget is {mib(budget.bytes)} MiB"
     leaves, state = rewrite.leaves(), []
     if any(g.is_mutable(call.target) for call in rewrite.before):
         state = [leaf for leaf in leaves if g.is_tensor(leaf)]  # what is written is a result, too
@@ -116,11 +117,11 @@ def _judge(rewrite: Rewrite, values: Values, budget: Budget, until: float) -> Ve
         given = values.take(leaves)
         oracle, eager = old.in_fp64(given), old(given)
     except Exception as error:  # not the rewrite's fault
-        return f"what it replaced cannot be run apart: {_said(error)}"
+        return f"what it replaced cannot be run apart: {said(error)}"
     try:
         return judge(oracle, eager, new(given), dtype_of(rewrite))
     except Exception as error:
-        return Verdict(False, math.inf, 0.0, 0.0, reason=f"it fails: {_said(error)}")
+        return Verdict(False, math.inf, 0.0, 0.0, reason=f"it fails: {said(error)}")
 
 
 def _note(
@@ -142,14 +143,14 @@ def _note(
         found.failed[key] = TakenBack(about.rule, about.module_path, about.source, ids, *numbers, reason)
 
 
-def _mib(size: int) -> str:
+def mib(size: int) -> str:
+    """A number of bytes in MiB, without the unit."""
     return f"{size / 2**20:.3g}"
 
 
-def _certificate(rewrite: Rewrite, verdict: Verdict) -> Mapping[str, object]:
+def certificate(verdict: Verdict) -> Mapping[str, object]:
+    """What a certificate says of a verdict."""
     return {
-        "rule": rewrite.match.rule,
-        "shape": shape_of(rewrite),
         "error": verdict.rmse_ours,
         "expected": verdict.rmse_eager,
         "limit": verdict.limit,
@@ -157,11 +158,12 @@ def _certificate(rewrite: Rewrite, verdict: Verdict) -> Mapping[str, object]:
     }
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
+    """An error in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _devices(inputs: Sequence[object]) -> list[int]:
+def devices_of(inputs: Sequence[object]) -> list[int]:
     """The GPUs whose random state is to be left as it is."""
     found = {x.device.index for x in inputs if isinstance(x, torch.Tensor) and x.device.type == "cuda"}
     return sorted(i for i in found if i is not None)

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TypeAlias
@@ -247,6 +247,21 @@ class WeightStore:
         with self._lock:
             self._epoch += 1
             self._forget_sets()
+
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Within, what is prepared releases nothing; the next call of each program after it does."""
+        if not self.owners:
+            yield
+            return
+        with self._lock:
+            self.owners.keeping += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.owners.keeping -= 1
+            self.look_again()
 
     def _prepare(self, sources: tuple[torch.Tensor, ...], plan: PreparePlan) -> torch.Tensor:
         # Not inside inference_mode: the results outlive it. Detached: a view would keep its source alive.

@@ -150,7 +150,13 @@ def verified(world: int) -> object:
     found = backend.reports()[-1].verification
     assert found is not None
     taken, left = [t.rule for t in found.taken_back], [n.rule for n in found.not_verified]
-    return {"far": far, "judged": found.judged, "taken_back": taken, "not_verified": left}
+    return {
+        "far": far,
+        "judged": found.judged,
+        "taken_back": taken,
+        "not_verified": left,
+        "whole": str(found.whole),
+    }
 
 
 def another_world(world: int) -> object:

@@ -219,6 +219,19 @@ def test_mutated_inputs_are_cloned_and_shared_inputs_stay_one() -> None:
         assert not cache.any() and length.tolist() == [1]
 
 
+def test_weights_that_are_raised_late_give_the_same() -> None:
+    def program(x: torch.Tensor, w: torch.Tensor) -> object:
+        return (x @ w.t()) @ w, w
+
+    x, w = numbers(2, 3, dtype=HALF), numbers(5, 3, dtype=HALF)
+    graph = traced(program, x, w)
+    late = [n for n in graph.graph.nodes if n.op == "placeholder"][1:]
+    for one, two in zip(raise_to_fp64(graph, late)(x, w), raise_to_fp64(graph)(x, w), strict=True):
+        assert torch.equal(one, two) and one.dtype == torch.float64
+    twins = [n for n in raise_to_fp64(graph, late).graph.nodes if n.name.startswith("_twin")]
+    assert len(twins) == 4, "of all that is not late, and for each of three readers"
+
+
 def test_grad_mode_is_the_callers() -> None:
     @torch.no_grad()
     def program(x: torch.Tensor) -> torch.Tensor:

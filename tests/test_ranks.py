@@ -108,6 +108,7 @@ def test_what_fails_on_one_rank_is_taken_back_on_all(two: Path) -> None:
     for found in results(two, "verified", 2):
         assert isinstance(found, dict) and found["far"] < LOGITS and found["judged"] > 5
         assert found["taken_back"] == ["torch_sdpa"] and found["not_verified"] == ["shard and what follows"]
+        assert found["whole"] == "not judged: under `shard`, where each rank computes a part"
 
 
 def test_through_torch_compile(two: Path) -> None:

@@ -21,6 +21,7 @@ from graphopt.errors import ExpectError, OptionError, StrictError
 from graphopt.options import Options
 from graphopt.report import Report
 from graphopt.rule import T, rule
+from graphopt.verification import CERTIFIED, RIGHT
 from graphopt.verify import Budget
 from tests.block import agree, block, example
 from tests.models import zoo
@@ -132,6 +133,7 @@ def test_what_is_right_stays_with_caches(name: str, cache: str) -> None:
         found = report.verification
         assert found is not None and found.judged + found.certified > 10
         assert not found.taken_back and not found.not_verified and not found.made_up
+        assert found.whole is not None and found.whole.state in (RIGHT, CERTIFIED)
 
 
 def test_a_wrong_kernel_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
