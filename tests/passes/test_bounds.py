@@ -57,6 +57,8 @@ def column(x: Tensor, k: int = 1) -> Tensor:
         filled(lambda x: column(x, 3).clamp(0, 2)[:, :1] >= 3),
         lambda x: x.masked_fill_(column(x) >= E, 9.0) * 2,
         lambda x: x.masked_fill(column(x) >= E, torch.tensor(9.0)) * 2,
+        lambda x: x.masked_fill(column(x) >= E, 9.0),  # in memory of its own
+        lambda x: (x, x.masked_fill(column(x) >= E, 9.0).add_(1.0)),
     ],
 )
 def test_a_mask_that_is_false_everywhere_goes(program: Program) -> None:
