@@ -9,6 +9,7 @@ A library masks and clamps experts that another rank holds; where no rank does, 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,6 +42,8 @@ def bounds(x: object) -> tuple[int, int] | None:
         return _places(choice) if x.args[1] == 1 else bounds(choice.args[0])
     if g.is_call(x, *TAKING):
         return bounds(x.args[0])
+    if g.is_call(x, aten.cat.default, aten.stack.default):
+        return _of_all([bounds(part) for part in x.args[0]])  # type: ignore[union-attr]  # a list of tensors
     if g.is_call(x, aten.to.dtype):  # to 32 bits, from numbers that fit
         inner = bounds(x.args[0])
         return inner if inner and max(map(abs, inner)) < 2**31 else None
@@ -90,6 +93,14 @@ def _places(choice: fx.Node) -> tuple[int, int] | None:
     dim, sizes = g.arg(choice, "dim"), g.shape(choice.args[0])  # type: ignore[arg-type]  # a tensor's node
     size = sizes[dim] if isinstance(dim, int) and sizes else None
     return (0, max(size - 1, 0)) if isinstance(size, int) else None
+
+
+def _of_all(parts: Sequence[tuple[int, int] | None]) -> tuple[int, int] | None:
+    """Of numbers that lie within any of these bounds."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    return min(low for low, _ in known), max(high for _, high in known)
 
 
 def _clamped(known: tuple[int, int] | None, least: object, most: object) -> tuple[int, int] | None:

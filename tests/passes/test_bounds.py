@@ -53,6 +53,8 @@ def column(x: Tensor, k: int = 1) -> Tensor:
         filled(lambda x: x.argsort(-1) >= E),
         filled(lambda x: (x.topk(2, -1)[1].reshape(-1).sort()[0] >= E)[:5].unsqueeze(-1)),
         filled(lambda x: x.sort(-1)[1].gather(1, column(x)) >= E),
+        filled(lambda x: torch.cat([column(x), x.min(-1, keepdim=True)[1]], -1)[:, 1:] >= E),
+        filled(lambda x: torch.stack([x.argmax(-1), x.argmin(-1)], -1)[:, :1] >= E),
         filled(lambda x: column(x).to(torch.int32)[torch.arange(5)] >= E),
         filled(lambda x: column(x, 3).clamp(0, 2)[:, :1] >= 3),
         lambda x: x.masked_fill_(column(x) >= E, 9.0) * 2,
@@ -78,6 +80,7 @@ def test_a_mask_that_is_false_everywhere_goes(program: Program) -> None:
         filled(lambda x: x.argmax(0, keepdim=True) >= 4),
         filled(lambda x: x.topk(1, -1)[0] >= E),  # the scores themselves
         filled(lambda x: column(x) + 1 >= E),
+        filled(lambda x: torch.cat([column(x), x[:, :1].long()], -1)[:, 1:] >= E),
         filled(lambda x: x.long() >= E),
         filled(lambda x: column(x).clamp(min=E + 2) >= E),
         filled(lambda x: column(x) >= column(x) + 1),

@@ -51,6 +51,14 @@ def test_rules_that_are_lost_come_in_the_order_of_matching() -> None:
     assert rules == ["some_rms_norm", "a_later_rule"]
 
 
+def test_another_graph_break_is_told() -> None:
+    broken = a_row(1)
+    call = broken.runs["fp32"]
+    call.graphs, call.judged, call.ends = 3, 3, ["nonzero (new.py:5)"]
+    said = "    fp32: 3 graphs in 6.0, 1 in 5.17.0; graph break: nonzero (new.py:5)"
+    assert told(broken, a_row())[1] == said
+
+
 def test_another_rule_for_the_same_part_is_no_loss() -> None:
     other = a_row()
     other.runs["fp32"].matched = {"other_rms_norm": 2}

@@ -17,7 +17,7 @@ from platformdirs import user_cache_path
 import graphopt
 from graphopt.errors import OptionError
 from graphopt.tools.zoo.row import Row, Run
-from graphopt.tools.zoo.table import SHOWN, totals
+from graphopt.tools.zoo.table import NEAR, SHOWN, totals
 from graphopt.tools.zoo.workers import Worker, examined
 
 
@@ -103,9 +103,9 @@ def _less(row: Row, other: Row, version: str, version_other: str) -> list[str]:
     ]
     if row.decoded and other.decoded and not parts:
         parts += [
-            f"{row.type}: decoding, {what} {found} in {version}, {wanted} in {version_other}"
+            f"{row.type}: decoding, {what} {found} in {version}, {full} in {version_other}"
             for what in SHOWN
-            if (found := row.decoded.found.get(what, 0)) < (wanted := other.decoded.found.get(what, 0))
+            if (found := row.decoded.found.get(what, 0)) < (full := other.decoded.found.get(what, 0))
             and 0 < row.there.get(what, 0) == other.there.get(what, 0)
         ]
     if not parts:
@@ -113,7 +113,12 @@ def _less(row: Row, other: Row, version: str, version_other: str) -> list[str]:
     lost: dict[str, str] = {}
     runs, others = row.every(), other.every()
     for name in [name for name in runs if name in others]:
-        for rule, text in _lost_rules(runs[name], others[name], version, version_other):
+        run, wanted = runs[name], others[name]
+        if run.graphs != wanted.graphs or run.ends != wanted.ends:
+            breaks = "".join(f"; graph break: {text}" for text in run.ends[:NEAR])
+            number = f"{run.graphs} graphs in {version}, {wanted.graphs} in {version_other}"
+            parts.append(f"    {name}: {number}{breaks}")
+        for rule, text in _lost_rules(run, wanted, version, version_other):
             lost.setdefault(rule, text)
     return [*parts, *lost.values()]
 
