@@ -134,7 +134,8 @@ def zoo() -> str:
         f"Tiny random models; torch {m['torch']}, transformers {m['transformers']}. Each type is run as "
         f"{', '.join(ways)} (dtype, padding). Right: every graph keeps the accuracy rule against its fp64 "
         f"oracle. Decode: greedy tokens of a padded prompt, {TOKENS} a row, with the type's own cache, are "
-        "eager's, and each call keeps the rule. Recognised: of what an eager run counts in the types that build. "
+        "eager's, and each call keeps the rule. Recognised: of what an eager run counts in the types that "
+        "build. "
         f"{broken} types do not build or run in eager; {handed} run as they were written, in part at least."
     )
     head = ("", "types", "build", "right", "decode", "norms", "attentions", "MLPs", "ropes", "expert blocks")

@@ -38,6 +38,24 @@ def grouped(self: Experts, x: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
     return y[back].view(x.shape[0], chosen, -1).sum(1).to(x.dtype)
 
 
+def masked(self: Experts, x: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
+    """As the grouped one, rows masked whose experts another rank holds: none, ids choose among all."""
+    chosen = ids.shape[1]
+    sorted_ids, order = torch.sort(ids.reshape(-1))
+    counts = torch.histc(sorted_ids.float(), bins=EXPERTS, min=0, max=EXPERTS - 1)
+    ends = torch.cumsum(counts, 0, dtype=torch.int32)
+    elsewhere = (sorted_ids >= EXPERTS).unsqueeze(-1)
+    sorted_ids.clamp_(max=EXPERTS - 1)
+    rows = x[order // chosen].masked_fill_(elsewhere, 0.0)
+    h = F.grouped_mm(rows, self.gate_up.transpose(1, 2), offs=ends) + self.gate_up_bias[sorted_ids]
+    h = self.between(h.masked_fill(elsewhere, 0.0))
+    y = F.grouped_mm(h, self.down.transpose(1, 2), offs=ends) + self.down_bias[sorted_ids]
+    y = y.masked_fill(elsewhere, 0.0) * routing.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.shape[0])
+    return y[back].view(x.shape[0], chosen, -1).sum(1).to(x.dtype)
+
+
 def batched(self: Experts, x: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
     """A copy of an expert's matrices for each row."""
     chosen, flat = ids.shape[1], ids.reshape(-1)
@@ -124,7 +142,12 @@ def seen(model: nn.Module, *args: Tensor, **options: object) -> tuple[object, gr
 
 @pytest.mark.parametrize(
     ("forward_of", "dtype"),
-    [(grouped, torch.bfloat16), (batched, torch.bfloat16), (batched, torch.float32)],
+    [
+        (grouped, torch.bfloat16),
+        (masked, torch.bfloat16),
+        (batched, torch.bfloat16),
+        (batched, torch.float32),
+    ],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_a_block_becomes_one_op(forward_of: Forward, dtype: torch.dtype) -> None:

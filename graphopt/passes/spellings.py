@@ -17,6 +17,7 @@ from torch import fx
 
 from graphopt import graph as g
 from graphopt import torch_private
+from graphopt.passes.bounds import clamp, masked_fill
 from graphopt.passes.einsum import einsum
 from graphopt.passes.view_spellings import (
     Result,
@@ -354,6 +355,8 @@ def _table() -> dict[object, Spelling]:
     row(logical(aten.logical_not.default), "bitwise_not", "logical_not")
     row(matmul, "matmul", "mm", "bmm")
     row(addmm, "addmm")
+    row(masked_fill, "masked_fill.Scalar", "masked_fill.Tensor")
+    row(clamp, "clamp")
     row(index_put, "index_put")
     row(cat, "cat", "concat", "concatenate")
     row(stack, "stack")

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from graphopt import backend
 from graphopt.errors import OptionError
 from graphopt.tools import cli
-from graphopt.tools.zoo import drift, run
+from graphopt.tools.zoo import run
 from graphopt.tools.zoo.build import build, kinds, tiny_config, tiny_model, zoo_types
 from graphopt.tools.zoo.census import normalises, watching
 from graphopt.tools.zoo.command import update_golden
@@ -582,29 +582,3 @@ def test_the_command_writes_compares_and_fails(tmp_path: Path) -> None:
 def test_an_unknown_type_is_named() -> None:
     done = CliRunner().invoke(cli.app, ["zoo", "lama"])
     assert done.exit_code == 2 and "did you mean 'llama'?" in done.output
-
-
-# -------------------------------------------------------------------------------------------------- drift
-
-
-def test_drift_names_the_rule_that_is_lost_and_its_nearest_miss() -> None:
-    now = a_row(1)
-    now.runs["fp32"].matched, now.runs["fp32"].misses = (
-        {},
-        {"some_rms_norm": "at layers.0: expected a, found b"},
-    )
-    told = drift.compared([now], [a_row()], "6.0", "5.17.0").splitlines()
-    assert told[1:] == [
-        "llama: norm 1 of 2 in 6.0, 2 of 2 in the other",
-        "    some_rms_norm is lost: at layers.0: expected a, found b",
-    ]
-    assert "no rule matches less" in drift.compared([a_row()], [a_row()], "6.0", "5.17.0")
-    assert "not in 5.17.0: new" in drift.compared([a_row()], [a_row(broken="new")], "6.0", "5.17.0")
-
-
-def test_an_environment_that_cannot_be_made_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(drift.sys, "executable", "/bin/false")
-    with pytest.raises(OptionError, match=r"no environment with transformers 0\.0\.1"):
-        drift.environment("0.0.1", tmp_path)

@@ -78,7 +78,14 @@ def _zoo(
     dtypes = [choice(d, DTYPES, "dtype") for d in dtype]
     before = read(baseline) if baseline else ()
     tasks: list[dict[str, object]] = [
-        {"type": t, "group": known[t].group, "dtypes": dtypes, "paddings": list(PADDINGS)} for t in asked
+        {
+            "type": t,
+            "group": known[t].group,
+            "dtypes": dtypes,
+            "paddings": list(PADDINGS),
+            "thorough": drift is not None,
+        }
+        for t in asked
     ]
     workers, progress = [Worker(limit=limit) for _ in range(jobs)], _progress(len(tasks))
     rows: list[Row] = []
@@ -96,7 +103,8 @@ def _zoo(
     if drift:
         there = drifting.rows_under(drift, tasks, jobs=jobs, limit=limit, say=_progress(len(tasks)))
         typer.echo(drifting.compared(rows, there, version("transformers"), drift))
-    typer.echo(str(totals(rows)))
+    else:
+        typer.echo(str(totals(rows)))
     faults = [*wrong(rows), *lost(rows, before)]
     faults += miscounted(rows, json.loads(golden.read_text())) if golden else []
     if faults:

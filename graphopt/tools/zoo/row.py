@@ -22,6 +22,7 @@ class Run:
         wrong: what broke the accuracy rule, or an exception at run time.
         matched: rule -> matches.
         misses: rule -> its nearest miss, of the rules that came furthest.
+        places: rule -> where it matched first, in the order of matching; of a thorough run only.
         judged: how many graphs ran beside their fp64 oracle.
         handed_back: how many graphs graphopt refused as a whole: the original runs.
         tokens: of a greedy decoding, the tokens that are equal to eager's.
@@ -39,6 +40,7 @@ class Run:
     wrong: list[str] = field(default_factory=list)
     matched: dict[str, int] = field(default_factory=dict)
     misses: dict[str, str] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
     ends: list[str] = field(default_factory=list)
 
     @property
@@ -112,7 +114,7 @@ class Row:
         whole.handed_back = max(run.handed_back for run in runs)
         if self.right:
             whole.judged = whole.graphs + whole.recompiled - whole.handed_back
-        decoded = replace(self.decoded, matched={}, misses={}, ends=[]) if self.decoded else None
+        decoded = self.decoded and replace(self.decoded, matched={}, misses={}, places={}, ends=[])
         return replace(self, runs={" / ".join(self.runs): whole}, decoded=decoded)
 
     def to_dict(self) -> dict[str, object]:

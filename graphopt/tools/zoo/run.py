@@ -16,7 +16,7 @@ from graphopt import backend
 from graphopt.accuracy import judge, raise_to_fp64
 from graphopt.capture import from_dynamo
 from graphopt.errors import CaptureRefused, GraphoptError
-from graphopt.report import Report
+from graphopt.report import Report, nearest
 from graphopt.rewrite import Refusal
 from graphopt.tools.zoo.build import kinds, tiny_model
 from graphopt.tools.zoo.census import OPS_OF, expected_counts, recognised_counts
@@ -37,11 +37,13 @@ def examine(
     paddings: Sequence[str] = PADDINGS,
     *,
     decoding: bool = True,
+    thorough: bool = False,
 ) -> Row:
     """The row of a type; raises nothing: what fails is in it.
 
     Args:
         decoding: in fp32, decode some tokens too, where the type writes text.
+        thorough: keep where each rule matched, and each rule's nearest miss of where it did not.
     """
     row = Row(model_type, kinds()[model_type].group)
     started = time.process_time()
@@ -55,16 +57,18 @@ def examine(
             for dtype in dtypes:
                 if dtype != torch.float32:
                     in_dtype(model, dtype)
-                _runs(row, model, dtype, seeds)
+                _runs(row, model, dtype, seeds, thorough)
                 if decoding and dtype == torch.float32 and _writes(row, model):
-                    _decode(row, model, seeds.get("left", 0))
+                    _decode(row, model, seeds.get("left", 0), thorough)
         except Exception as error:
             row.broken = _told(error)
     row.seconds = round(time.process_time() - started, 2)
     return row
 
 
-def _runs(row: Row, model: torch.nn.Module, dtype: torch.dtype, seeds: Mapping[str, int]) -> None:
+def _runs(
+    row: Row, model: torch.nn.Module, dtype: torch.dtype, seeds: Mapping[str, int], thorough: bool
+) -> None:
     """Add a run for each padding that the model takes, on its seed of inputs."""
     for padding, seed in seeds.items():
         given = example(model, padding=padding, dtype=dtype, seed=seed)
@@ -73,14 +77,19 @@ def _runs(row: Row, model: torch.nn.Module, dtype: torch.dtype, seeds: Mapping[s
             continue
         with torch.no_grad():
             model(**given)  # what fails in eager is no matter of ours
-        row.runs[f"{str(dtype).removeprefix('torch.')} {padding}"] = _run(model, given, mask, dtype)
+        name = f"{str(dtype).removeprefix('torch.')} {padding}"
+        row.runs[name] = _run(model, given, mask, dtype, thorough)
 
 
 def _run(
-    model: torch.nn.Module, given: Mapping[str, torch.Tensor], mask: torch.Tensor | None, dtype: torch.dtype
+    model: torch.nn.Module,
+    given: Mapping[str, torch.Tensor],
+    mask: torch.Tensor | None,
+    dtype: torch.dtype,
+    thorough: bool = False,
 ) -> Run:
     torch.compiler.reset()
-    beside = Beside(dtype, mask)
+    beside = Beside(dtype, mask, thorough)
     compiled = torch.compile(model, backend=beside, dynamic=False)
     try:
         with torch.no_grad():
@@ -99,7 +108,12 @@ def _writes(row: Row, model: torch.nn.Module) -> bool:
     return row.group in WRITERS and can is not None and can()
 
 
-def _decode(row: Row, model: Any, seed: int = 0) -> None:  # a class of transformers, which has no types
+def _decode(
+    row: Row,
+    model: Any,  # a class of transformers, which has no types
+    seed: int = 0,
+    thorough: bool = False,
+) -> None:
     """Greedy tokens of a padded prompt by the model's own `generate`, in eager and compiled."""
     given = example(model, padding="left", seed=seed)
     given.pop("decoder_input_ids", None)
@@ -114,7 +128,7 @@ def _decode(row: Row, model: Any, seed: int = 0) -> None:  # a class of transfor
         row.undecoded = _told(error)
         return
     torch.compiler.reset()
-    beside = Beside(torch.float32, given.get("attention_mask"))
+    beside = Beside(torch.float32, given.get("attention_mask"), thorough)
     row.decoded = beside.run
     model.compile(backend=beside, dynamic=False)
     try:
@@ -137,6 +151,7 @@ class Beside:
 
     dtype: torch.dtype
     mask: torch.Tensor | None
+    thorough: bool = False
     run: Run = field(default_factory=Run)
     counting: bool = True
     reports: list[Report | None] = field(default_factory=list)
@@ -218,8 +233,25 @@ class Beside:
         reports = [report for report in self.reports if report is not None]
         run.matched = dict(sorted(Counter(m.rule for r in reports for m in r.matches).items()))
         run.ends = list(dict.fromkeys(r.ends for r in reports if r.ends is not None))
-        run.misses = {r.rule: _miss(r) for r in _nearest(reports, run.matched)}
+        if self.thorough:
+            run.places = _places(reports)
+        misses = _all_nearest(reports) if self.thorough else _nearest(reports, run.matched)
+        run.misses = {r.rule: _miss(r) for r in misses}
         return run
+
+
+def _places(reports: Sequence[Report]) -> dict[str, str]:
+    """Where each rule matched first, in the order of matching: what a rule matches may be another's work."""
+    places: dict[str, str] = {}
+    for match in (match for report in reports for match in report.matches):
+        places.setdefault(match.rule, f"{match.module_path or match.nodes[0]} ({_line(match.source)})")
+    return places
+
+
+def _all_nearest(reports: Sequence[Report]) -> list[Refusal]:
+    """Each rule's near miss that came furthest, of the places where it did not match in the end."""
+    missed = [r for report in reports for r in report.explain().misses]
+    return sorted(nearest(missed).values(), key=lambda r: -r.depth)
 
 
 def _nearest(reports: Sequence[Report], matched: Mapping[str, int]) -> list[Refusal]:
@@ -233,8 +265,13 @@ def _nearest(reports: Sequence[Report], matched: Mapping[str, int]) -> list[Refu
 
 
 def _miss(refusal: Refusal) -> str:
-    source = refusal.source.split(" ", 1)[0]
-    return f"at {refusal.module_path or refusal.node} ({source}): {refusal.reason}"
+    place = f"{refusal.node} in {refusal.module_path}" if refusal.module_path else refusal.node
+    return f"at {place} ({_line(refusal.source)}): {refusal.reason}"
+
+
+def _line(source: str) -> str:
+    """File and line, without the code."""
+    return source.split(" ", 1)[0]
 
 
 def _copies(values: Sequence[object]) -> list[object]:

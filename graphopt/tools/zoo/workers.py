@@ -135,7 +135,7 @@ def main() -> None:
     for line in sys.stdin:
         task = json.loads(line)
         dtypes = [getattr(torch, name) for name in task["dtypes"]]
-        row = examine(task["type"], dtypes, task["paddings"])
+        row = examine(task["type"], dtypes, task["paddings"], thorough=task.get("thorough", False))
         print(json.dumps(row.to_dict()), file=out, flush=True)
 
 
