@@ -1,4 +1,4 @@
-"""The tables of the README and of the zoo's page, made of `bench/results/*.json`: `python -m bench.report`."""
+"""The tables of the README and of the zoo's page, from `bench/results/*.json`: `python -m bench.report`."""
 
 from __future__ import annotations
 
