@@ -34,7 +34,11 @@ PRIVATE_ALLOWED_IN = {"graphopt.graph": re.compile(r"torch\._ops\.OpOverload")}
 PRIVATE_HOME = "graphopt.torch_private"
 
 MODEL_NAMES = re.compile(
-    r"llama|qwen|gemma|gpt|bert|mistral|mixtral|bloom|falcon|phi\d|neox|(?<![a-z])t5|whisper", re.IGNORECASE
+    r"llama|qwen|gemma|gpt|bert|mistral|mixtral|bloom|falcon|phi\d|neox|whisper|deepseek|granite|cohere|olmo"
+    r"|stablelm|starcoder|codegen|smollm|electra|mpnet|siglip|dinov|wav2vec|mamba|xlnet|xglm|pegasus|funnel"
+    r"|longformer|jamba|ernie|nemotron|hunyuan|inkling|roformer"
+    r"|(?<![a-z])(?:t5|opt|glm|mpt|vit|clip|bart|led|dbrx|beam)(?![a-z])",
+    re.IGNORECASE,
 )
 # Who may know a model's name: the zoo, the builder of examples, the demo, and the command line's help.
 BUILDERS = tuple(f"graphopt.tools.{name}" for name in ("zoo", "models", "demo", "cli"))
@@ -219,11 +223,7 @@ def model_names(tree: ast.Module, name: str) -> list[str]:
     docstrings = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
     wrong = []
     for node in ast.walk(tree):
-        words = [
-            v
-            for v in (getattr(node, field, None) for field in fields)
-            if isinstance(v, str)
-        ]
+        words = [v for v in (getattr(node, field, None) for field in fields) if isinstance(v, str)]
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
             words.append(node.value)
         wrong += [
@@ -245,6 +245,22 @@ def module_paths(tree: ast.Module, name: str) -> list[str]:
             reads = isinstance(part, ast.Subscript) and isinstance(part.slice, ast.Constant)
             if asks or (reads and part.slice.value == "module_path"):  # type: ignore[union-attr]  # a constant
                 wrong.append(f"{name}:{part.lineno} decides by the module path")
+    return wrong
+
+
+def class_names(tree: ast.Module, name: str) -> list[str]:
+    """Compares of a module's class by name: `type(m).__name__ == "..."`, `m.__class__.__name__ in (...)`."""
+    if name.startswith(BUILDERS):
+        return []
+    wrong = []
+    for compare in (n for n in ast.walk(tree) if isinstance(n, ast.Compare)):
+        for part in ast.walk(compare):
+            if not isinstance(part, ast.Attribute) or part.attr not in ("__name__", "__qualname__"):
+                continue
+            of = part.value
+            called = isinstance(of, ast.Call) and isinstance(of.func, ast.Name) and of.func.id == "type"
+            if called or (isinstance(of, ast.Attribute) and of.attr == "__class__"):
+                wrong.append(f"{name}:{part.lineno} decides by a class's name")
     return wrong
 
 
@@ -281,6 +297,7 @@ CHECKS: dict[Check, tuple[str, ...]] = {
     prints: (*SHIPPED, "tests"),
     model_names: SHIPPED,
     module_paths: SHIPPED,
+    class_names: SHIPPED,
     abstract_values: SHIPPED,
     first_line: FOLDERS,
     own_tolerances: ("tests", "bench"),
@@ -324,12 +341,18 @@ SNIPPETS = {
         ("graphopt.passes.merge", "def bert_qkv(): ..."),
         ("graphopt.match", "x = node.gpt2"),
         ("graphopt.patterns.norm", "if path == 'LlamaRMSNorm':\n    pass"),
+        ("graphopt.passes.merge", "x = kind == 'DeepseekV3MoE'"),
+        ("graphopt.passes.merge", "x = kind in ('opt', 'granite')"),
         ("graphopt.tools.explain", "def of_bert(): ..."),
     ),
     module_paths: (
         ("graphopt.passes.merge", "if g.module_path(a) != g.module_path(b):\n    pass"),
         ("graphopt.match", "x = 1 if module_path(a) else 2"),
         ("graphopt.match", "while node.meta['module_path'] in seen: ..."),
+    ),
+    class_names: (
+        ("graphopt.passes.merge", "if type(m).__name__ == kind:\n    pass"),
+        ("graphopt.match", "x = m.__class__.__name__ in names"),
     ),
     abstract_values: (
         ("graphopt.match", "node.meta['val']"),
@@ -385,6 +408,10 @@ INNOCENT = {
         ("graphopt.match", "Refusal(rule, g.module_path(node) or node.name)"),
         ("graphopt.match", "new.meta['module_path'] = g.module_path(old)"),
         ("graphopt.question", "if fnmatch(g.module_path(node), pattern):\n    pass"),
+    ),
+    class_names: (
+        ("graphopt.match", "raise TypeError(type(x).__name__)"),
+        ("graphopt.match", "x = target.__name__ == 'topk'"),
     ),
     abstract_values: (
         ("graphopt.graph", "node.meta['val']"),

@@ -54,7 +54,6 @@ class Calls:
 # ----------------------------------------------------------------------------------------- real, small models
 
 
-
 def wrong_sdpa(change: Callable[[Mapping[str, object]], Mapping[str, object]]) -> Callable[[], tuple]:
     return lambda: wrong_translation("torch_sdpa", change)
 

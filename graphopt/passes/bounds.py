@@ -49,6 +49,10 @@ def bounds(x: object) -> tuple[int, int] | None:
         return inner if inner and max(map(abs, inner)) < 2**31 else None
     if g.is_call(x, aten.clamp.default):
         return _clamped(bounds(x.args[0]), *x.args[1:3])
+    if g.is_call(x, aten.clamp_min.default):
+        return _clamped(bounds(x.args[0]), x.args[1], None)
+    if g.is_call(x, aten.clamp_max.default):
+        return _clamped(bounds(x.args[0]), None, x.args[1])
     return None
 
 
@@ -80,11 +84,15 @@ def masked_fill(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object
 
 
 def clamp(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> Result:
-    """clamp(x, least, most) -> x, where the integers of x lie between them anyway"""
+    """clamp(x, least, most) -> x, where x's integers lie between anyway; clamp(x, least) -> clamp_min"""
     x, least, most = args
     known = bounds(x)
     if known and g.dtype(node) == g.dtype(x) and _clamped(known, least, most) == known:
         return x
+    if isinstance(least, (int, float)) and most is None:
+        return s.emit(aten.clamp_min.default, (x, least), {}, g.val(node), node)
+    if isinstance(most, (int, float)) and least is None:
+        return s.emit(aten.clamp_max.default, (x, most), {}, g.val(node), node)
     return s.generic(node, args, kwargs)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from graphopt import graph as g
+from graphopt.aliasing import root
 from graphopt.errors import CaptureRefused
 from graphopt.passes.layout import dim_order
 from graphopt.passes.views import PERMUTATIONS
@@ -101,7 +102,7 @@ def as_strided(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]
     What passes make of x may lie in memory otherwise: a merged linear's piece has other strides.
 
     Raises:
-        CaptureRefused: x is not dense, or reads outside of it; a size is not fixed.
+        CaptureRefused: x is not dense, or it reads outside of it; a size or the start is not fixed.
     """
     old = g.tensor(node.args[0])  # type: ignore[arg-type]  # a node: its row of the schema
     assert old is not None
@@ -111,6 +112,11 @@ def as_strided(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]
         raise CaptureRefused(
             f"{node.name} (as_strided) reads the memory of a tensor of strides {tuple(old.stride())} and "
             f"shape {tuple(old.shape)}; known are dense tensors of fixed sizes"
+        )
+    if offset is not None and root(node).op == "placeholder":
+        raise CaptureRefused(
+            f"{node.name} (as_strided) counts from the start of an input's memory; another call may pass a "
+            "view that starts elsewhere"
         )
     start = 0 if offset is None else offset - old.storage_offset()
     end = start + 1 + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))

@@ -338,8 +338,12 @@ def test_memory_is_read_as_eager_lays_it_out(
     ("program", "said"),
     [
         (lambda x: x[:, :3].as_strided((2, 2), (4, 1)) * 2, r"strides \(4, 1\) and shape \(3, 3\)"),
+        (lambda x: x.as_strided((2, 2), (1, 1), 0) * 2, "another call may pass a view that starts elsewhere"),
         (lambda x: x[:2].as_strided((3, 4), (4, 1)) * 2, "reads elements 0 to 11 of a tensor that has 8"),
-        (lambda x: x[1:].as_strided((2, 4), (4, 1), 0) * 2, "reads elements -4 to 3 of a tensor that has 8"),
+        (
+            lambda x: (x * 2)[1:].as_strided((2, 4), (4, 1), 0) * 2,
+            "reads elements -4 to 3 of a tensor that has 8",
+        ),
     ],
 )
 def test_memory_outside_of_the_tensor_is_refused(program: Callable, said: str) -> None:

@@ -89,9 +89,15 @@ class Row:
 
     def near(self) -> list[str]:
         """What came nearest to what is missing: near misses of rules, and where Dynamo broke the program."""
-        run = next(iter(self.runs.values()), Run())
+        run = self._shortest()
         near = [f"{rule} {miss}" for rule, miss in list(run.misses.items())[:NEAR]]
         return [*near, *(f"graph break: {text}" for text in run.ends[:NEAR])]
+
+    def _shortest(self) -> Run:
+        """The run that recognised least of what is missing."""
+        missing = self.missing()
+        found = lambda run: sum(min(run.found.get(what, 0), self.there[what]) for what in missing)
+        return min(self.runs.values(), key=found, default=Run())
 
     def short(self) -> Row:
         """The row with its runs as one: what all of them found, what any of them broke.
@@ -110,7 +116,8 @@ class Row:
             wrong=list(dict.fromkeys(text for run in runs for text in run.wrong)),
         )
         if self.missing():
-            whole.misses, whole.ends = dict(list(runs[0].misses.items())[:NEAR]), runs[0].ends[:NEAR]
+            shortest = self._shortest()
+            whole.misses, whole.ends = dict(list(shortest.misses.items())[:NEAR]), shortest.ends[:NEAR]
         whole.handed_back = max(run.handed_back for run in runs)
         if self.right:
             whole.judged = whole.graphs + whole.recompiled - whole.handed_back

@@ -138,9 +138,14 @@ def read(path: Path) -> tuple[Row, ...]:
 
 
 def wrong(rows: Iterable[Row]) -> list[str]:
-    """The types with a wrong result, or an exception at run time, with what is wrong."""
-    return [f"{row.type} ({name}) is wrong: {text}" for row in rows for name, run in row.every().items()
-            for text in run.wrong]  # fmt: skip
+    """The types with a wrong result, an exception at run time, or a graph that was not judged; and why."""
+    found = []
+    for row in rows:
+        for name, run in row.every().items():
+            found += [f"{row.type} ({name}) is wrong: {text}" for text in run.wrong]
+            if not run.right and not run.wrong:
+                found.append(f"{row.type} ({name}) is not judged: {'; '.join(run.refused) or 'no graph'}")
+    return found
 
 
 def lost(rows: Iterable[Row], baseline: Iterable[Row]) -> list[str]:
