@@ -121,8 +121,9 @@ class Row:
         whole.handed_back = max(run.handed_back for run in runs)
         if self.right:
             whole.judged = whole.graphs + whole.recompiled - whole.handed_back
-        bare = replace(self.decoded or Run(), found={}, unmatched={}, matched={}, misses={}, places={}, ends=[])
-        decoded = bare if self.decoded else None
+        decoded = self.decoded
+        if decoded:
+            decoded = replace(decoded, found={}, unmatched={}, matched={}, misses={}, places={}, ends=[])
         return replace(self, runs={" / ".join(self.runs): whole}, decoded=decoded)
 
     def to_dict(self) -> dict[str, object]:
