@@ -19,6 +19,7 @@ from graphopt.errors import GraphoptError, PipelineError, StrictError
 from graphopt.kernel import Kernel
 from graphopt.ledger import Ledger
 from graphopt.observe import Event, Matched, Observer, PassEnded, PassStarted, Warned, emit
+from graphopt.patience import Overtime, ended_after
 from graphopt.question import Question
 from graphopt.report import Report, ReportObserver
 from graphopt.rule import Rule
@@ -28,6 +29,7 @@ from graphopt.weights import WeightStore
 
 EXACTNESS = ("bitwise", "reordered", "lossy")
 EXPECTS_MATCHES = "recognised"  # a pass that provides it is there to find something
+PATIENCE = 900.0  # seconds for one pass; a model of 1000 layers takes some seconds
 MISSED = 0.5  # of the FLOPs: above it, a recognition without a single match has failed
 
 
@@ -183,9 +185,12 @@ class _Tally:
 def _run(step: Pass, gm: fx.GraphModule, ctx: Context) -> None:
     """Run one pass; what it did not raise on purpose gets its name."""
     try:
-        step.run(gm, ctx)
+        with ended_after(PATIENCE):
+            step.run(gm, ctx)
     except GraphoptError:
         raise
+    except Overtime as error:
+        raise PipelineError(f"pass {step.name} did not end in {PATIENCE:g} s and was ended") from error
     except Exception as error:
         raise PipelineError(f"pass {step.name} failed: {type(error).__name__}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Each pass in turn raises or leaves a wrong graph: the user gets eager's result and one warning."""
+"""Each pass in turn raises, leaves a wrong graph, never ends: the user gets eager's result, one warning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.exc import BackendCompilerFailed
 
-from graphopt import backend, defaults
+from graphopt import backend, defaults, pipeline
 from graphopt import graph as g
 from graphopt.lowering.module import Lower
 from graphopt.passes.canonicalize import Canonicalize
@@ -132,6 +132,30 @@ def test_a_bad_pass_that_writes_into_what_is_captured(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Recognise, "run", run)
     assert torch.equal(called(strict=False)[0], block()(example()))
+
+
+def spins(self: object, gm: fx.GraphModule, ctx: Context) -> None:
+    """Never ends, and swallows what is raised in it."""
+    while True:
+        try:
+            list(gm.graph.nodes)
+        except Exception:
+            continue
+
+
+@pytest.mark.parametrize("step", PASSES, ids=lambda step: step.name)
+def test_a_pass_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch, step: type) -> None:
+    called(strict=False)  # the rules are traced at their first use: the passes take milliseconds from now on
+    torch.compiler.reset()
+    backend.clear_reports()
+    monkeypatch.setattr(step, "run", spins)
+    monkeypatch.setattr(pipeline, "PATIENCE", 5.0)
+    value, said = called(strict=False)
+    assert torch.equal(value, block()(example()))
+    (report,) = backend.reports()
+    reason = f"internal failure: pass {step.name} did not end in 5 s and was ended"
+    assert report.fallback and report.fallback.startswith(reason)
+    assert said == [f"graphopt runs the original program: {report.fallback}"]
 
 
 def _swapped(x: Tensor, y: Tensor) -> Tensor:
