@@ -111,13 +111,6 @@ def representable(binding: Binding) -> str | None:
     return f"the fill {fill} is beyond {g.dtype(scores)}'s {-largest}"
 
 
-def _swallows(binding: Binding) -> str | None:
-    """The floor of a hidden key has to swallow its score: a row without keys is a mean then, as in eager."""
-    scores = binding.leaves["q"]
-    assert isinstance(scores, fx.Node)
-    return "fp16's lowest number does not swallow a score" if g.dtype(scores) == torch.float16 else None
-
-
 # ---------------------------------------------------------------------------------------------------- rules
 
 BOOL = T("...|1 s|1 t", "bool")
@@ -164,13 +157,17 @@ RULES = (
         bias=MASK,
         mask=MASK,
     ),
-    rule(
-        floored_scores,
-        lambda q, k, bias: ops.attention_scores(q, k, 1.0, bias.clamp_min(torch.finfo(bias.dtype).min)),
-        MASKED,
-        carry=BEFORE_MASK,
-        guard=_swallows,
-        bias=MASK,
+    # Not of fp16, whose lowest number does not swallow a score: rows without keys are means in eager only.
+    *(
+        rule(
+            floored_scores,
+            lambda q, k, bias: ops.attention_scores(q, k, 1.0, bias.clamp_min(torch.finfo(bias.dtype).min)),
+            carry=BEFORE_MASK,
+            q=T("... s d", wide),
+            k=T("... t d", wide),
+            bias=T("...|1 s|1 t", wide),
+        )
+        for wide in ("float64", "float32", "bfloat16")
     ),
     rule(
         floored_filled_scores,
