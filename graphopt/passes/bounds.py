@@ -89,9 +89,9 @@ def clamp(s: Speller, node: fx.Node, args: tuple, kwargs: dict[str, object]) -> 
     known = bounds(x)
     if known and g.dtype(node) == g.dtype(x) and _clamped(known, least, most) == known:
         return x
-    if isinstance(least, (int, float)) and most is None:
+    if most is None:
         return s.emit(aten.clamp_min.default, (x, least), {}, g.val(node), node)
-    if isinstance(most, (int, float)) and least is None:
+    if least is None:
         return s.emit(aten.clamp_max.default, (x, most), {}, g.val(node), node)
     return s.generic(node, args, kwargs)
 
