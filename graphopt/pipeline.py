@@ -185,8 +185,7 @@ class _Tally:
 def _run(step: Pass, gm: fx.GraphModule, ctx: Context) -> None:
     """Run one pass; what it did not raise on purpose gets its name."""
     try:
-        with ended_after(PATIENCE):
-            step.run(gm, ctx)
+        ended_after(PATIENCE, lambda: step.run(gm, ctx))
     except GraphoptError:
         raise
     except Overtime as error:

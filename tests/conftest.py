@@ -12,6 +12,7 @@ from graphopt.certificates import Certificates
 from graphopt.rewrite import Refusal
 from graphopt.rule import Rule
 from graphopt.translate import Translation
+from tests.clean_start import forget
 from tests.rewriting import canonical, outputs, rewritten
 from tests.rule_cases import EQUATIONS
 from tests.tolerances import close
@@ -43,9 +44,7 @@ Rules = Sequence[Rule | Translation]
 @pytest.fixture
 def emptied() -> Iterator[None]:
     """No compiled code, prepared weights or reports of other tests."""
-    torch.compiler.reset()
-    backend.STORE.refresh()
-    backend.clear_reports()
+    forget()
     yield
     torch.compiler.reset()
 

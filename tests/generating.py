@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from graphopt import backend
+from tests.clean_start import forget
 from tests.models import zoo
 
 TOKENS = 7
@@ -19,10 +18,7 @@ TOKENS = 7
 @contextmanager
 def clean() -> Iterator[None]:
     """No compiled code, prepared weights or reports of other tests; nothing stays on the shared models."""
-    torch.compiler.reset()
-    gc.collect()  # Models of other tests, whose prepared weights end with them.
-    backend.STORE.refresh()
-    backend.clear_reports()
+    forget()
     yield
     torch.compiler.reset()
     for name in zoo.FAMILIES:

@@ -86,6 +86,15 @@ def called(strict: bool) -> tuple[Tensor, list[str]]:
     return values[0], [str(w.message) for w in caught if str(w.message).startswith("graphopt")]
 
 
+def assert_original_runs(reason: str) -> None:
+    """Eager's result, one warning, and the reason in the report."""
+    value, said = called(strict=False)
+    assert torch.equal(value, block()(example()))
+    (report,) = backend.reports()
+    assert report.fallback and report.fallback.startswith(reason)
+    assert said == [f"graphopt runs the original program: {report.fallback}"]
+
+
 def test_nothing_is_wrong_with_the_passes_themselves() -> None:
     _, said = called(strict=True)
     assert not said and not backend.reports()[0].fallback
@@ -109,12 +118,8 @@ def test_a_bad_pass(monkeypatch: pytest.MonkeyPatch, step: type, edit: Edit, hal
         edit(gm.graph)
 
     monkeypatch.setattr(step, "run", run)
-    value, said = called(strict=False)
-    assert torch.equal(value, block()(example()))
-    (report,) = backend.reports()
     reason = f"internal failure: pass {step.name} {EDITS[edit]}"
-    assert report.fallback and report.fallback.startswith(reason)
-    assert said == [f"graphopt runs the original program: {report.fallback}"]
+    assert_original_runs(reason)
     torch.compiler.reset()
     with pytest.raises(BackendCompilerFailed) as caught:
         called(strict=True)
@@ -150,12 +155,7 @@ def test_a_pass_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch, step: 
     backend.clear_reports()
     monkeypatch.setattr(step, "run", spins)
     monkeypatch.setattr(pipeline, "PATIENCE", 5.0)
-    value, said = called(strict=False)
-    assert torch.equal(value, block()(example()))
-    (report,) = backend.reports()
-    reason = f"internal failure: pass {step.name} did not end in 5 s and was ended"
-    assert report.fallback and report.fallback.startswith(reason)
-    assert said == [f"graphopt runs the original program: {report.fallback}"]
+    assert_original_runs(f"internal failure: pass {step.name} did not end in 5 s and was ended")
 
 
 def _swapped(x: Tensor, y: Tensor) -> Tensor:

@@ -172,7 +172,6 @@ def test_lengths_share_prepared_weights() -> None:
 
 def test_a_deleted_model_takes_its_prepared_weights_along() -> None:
     one, two, x = block(1), block(2), example()
-    gc.collect()  # models of other tests, with what was prepared of them
     before = len(backend.STORE)  # a refresh leaves the weights of other tests' models that were released
     ours, theirs = compiled(one), compiled(two)
     ours(x), theirs(x)

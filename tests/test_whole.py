@@ -14,14 +14,28 @@ from graphopt.accuracy import Verdict
 from graphopt.capture import capture
 from graphopt.errors import StrictError
 from graphopt.lowering import direct
+from graphopt.lowering.module import Lower
 from graphopt.passes import spellings
+from graphopt.passes.canonicalize import Canonicalize
+from graphopt.passes.merge import Merge
+from graphopt.passes.recognise import Recognise
 from graphopt.passes.speller import Speller
+from graphopt.pipeline import Context
 from graphopt.report import Report
 from graphopt.verification import RIGHT, WRONG
 from graphopt.verify import Budget
 from graphopt.whole import Beside, judge_whole
 from tests.block import Block, agree, block, example
-from tests.planting import calls, close, count_judged, found, other_activation, plant, plants_a_pass
+from tests.planting import (
+    calls,
+    close,
+    count_judged,
+    found,
+    other_activation,
+    plant,
+    plants_a_pass,
+    subtracts,
+)
 from tests.verifying import ran, wrong_rule
 
 aten = torch.ops.aten
@@ -44,6 +58,26 @@ def plants_a_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(direct.SAME, aten.add.Tensor, torch.sub)
 
 
+def spoils(step: type) -> Callable[[pytest.MonkeyPatch], None]:
+    """A pass that does its work, and leaves a graph that is well formed and gives other numbers."""
+
+    def plant_in(monkeypatch: pytest.MonkeyPatch) -> None:
+        own = step.run  # type: ignore[attr-defined]  # a pass
+
+        def run(self: object, gm: fx.GraphModule, ctx: Context) -> None:
+            if step is Lower:  # behind it, calls have lowered names
+                subtracts(gm.graph)
+            own(self, gm, ctx)
+            if step is not Lower:
+                subtracts(gm.graph)
+                gm.recompile()
+
+        monkeypatch.setattr(step, "run", run)
+
+    plant_in.__name__ = f"spoils_{step.__name__}"
+    return plant_in
+
+
 class Positive(Block):
     """A block, and an operator whose spelling can be spoilt."""
 
@@ -55,13 +89,17 @@ def positive() -> Positive:
     return Positive().eval().requires_grad_(False)
 
 
-FAULTS = (plants_a_pass, plants_a_spelling, plants_a_lowering)
+FAULTS = (
+    *(spoils(step) for step in (Canonicalize, Recognise, Merge, Lower)),
+    *(plants_a_pass, plants_a_spelling, plants_a_lowering),
+)
+by_fault = pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 
 
 # ------------------------------------------------------------------------------------------- what is caught
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@by_fault
 def test_what_no_rewrite_did_is_caught(
     monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
@@ -116,7 +154,7 @@ def test_a_merge_that_moves_what_is_read_by_its_memory(monkeypatch: pytest.Monke
     assert any(m.rule == "merge_siblings" for m in outcome.report.matches)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@by_fault
 def test_strict_raises_at_every_call(
     monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
