@@ -118,7 +118,7 @@ def python_sum(self: Mixture, x: Tensor, ids: Tensor, routing: Tensor) -> Tensor
     scores = self.router(x)
     gates = torch.full_like(scores, float("-inf")).scatter(-1, ids, scores.gather(-1, ids))
     gates = gates.float().softmax(-1).to(x.dtype)
-    return sum(gates[..., e : e + 1] * expert(x) for e, expert in enumerate(self.experts))  # type: ignore[return-value]
+    return sum(gates[..., e : e + 1] * expert(x) for e, expert in enumerate(self.experts))  # type: ignore[return-value]  # a sum of tensors is one
 
 
 def chosen_scores(self: Mixture, x: Tensor, ids: Tensor, routing: Tensor) -> Tensor:

@@ -18,13 +18,13 @@ from graphopt import api, backend
 from graphopt.errors import OptionError
 from graphopt.options import Options
 from tests.block import MERGED, Block, agree, block, counted, example
+from tests.clean_start import forget
 
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """No compiled code or prepared weights of other tests; no gradients."""
-    torch.compiler.reset()
-    backend.STORE.refresh()
+    forget()
     with torch.no_grad():
         yield
     while api._enabled:

@@ -188,10 +188,10 @@ def test_a_block_that_scales_its_input_becomes_one_op(dtype: torch.dtype, tokens
     """Each row is given only to the experts that it chose: f(0) is 0, as no bias is added."""
     model, x = Block(scaled).eval().to(dtype), torch.randn(1, tokens, WIDTH).to(dtype)
     out, _ = seen(model, x)
-    graph = out.gm.graph  # type: ignore[attr-defined]
+    graph = out.gm.graph  # type: ignore[attr-defined]  # known to be there
     (node,) = (n for n in graph.nodes if g.is_call(n, ops.experts.overload))
     assert g.arg(node, "scale_input") and g.arg(node, "ids") is not None
-    assert "expert_matmul" not in vocabulary(out.gm)  # type: ignore[attr-defined]
+    assert "expert_matmul" not in vocabulary(out.gm)  # type: ignore[attr-defined]  # known to be there
     compiled = torch.compile(model, backend="graphopt", options={"strict": True, "verify": "always"})
     found, program = compiled(x), graphopt.capture(model, x)
     (exact,) = raise_to_fp64(program.gm)(*program.bind((x,), {}))

@@ -84,6 +84,6 @@ def small_names(tree: ast.Module) -> set[str]:
         value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
         if value is None or not any(map(judges, literals(value))):
             continue
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]  # type: ignore[attr-defined]
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]  # type: ignore[attr-defined]  # known to be there
         found |= {t.id for t in targets if isinstance(t, ast.Name)}
     return found

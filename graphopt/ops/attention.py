@@ -65,23 +65,15 @@ def _check_bias(bias: Tensor, shape: tuple[int, ...]) -> None:
             require_size("attention", f"size of bias in dimension {dim}", bias.shape[dim], shape[dim])
 
 
-def _attention_lse_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offset_tensor: Tensor | None,
-    window: int | None,
-    key_padding: Tensor | None,
-    bias: Tensor | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, offset_tensor, window, key_padding, bias, softcap, sinks)
+@functools.wraps(_check)  # for its parameters
+def _attention_lse_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    _check(*args)
+    q, v = args[0], args[2]
     rows = q.shape[:3]
     return q.new_empty((*rows, v.shape[3])), q.new_empty(rows, dtype=wide(q.dtype))
 
 
-@functools.wraps(_attention_lse_fake)  # for its parameters
+@functools.wraps(_check)
 def _attention_fake(*args: Any) -> Tensor:
     return _attention_lse_fake(*args)[0]
 

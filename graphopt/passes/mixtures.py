@@ -82,7 +82,7 @@ class _Mixtures:
         with self.graph.inserting_before(out):
             width, inner = (g.shape(at(first.down, 1))[i] for i in (0, 1))
             ups = [at(n, 1) for mlp in found.experts for n in mlp.ups]
-            gate_up = new.stack(ups, len(found.experts), g.shape(first.ups[0].args[1])[1])  # type: ignore[arg-type]
+            gate_up = new.stack(ups, len(found.experts), g.shape(at(first.ups[0], 1))[1])
             down = new.stack([at(mlp.down, 1) for mlp in found.experts], len(found.experts), inner)
             up_bias = new.biases([n for mlp in found.experts for n in mlp.ups], len(found.experts))
             down_bias = new.biases([mlp.down for mlp in found.experts], len(found.experts))

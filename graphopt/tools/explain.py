@@ -109,7 +109,7 @@ def captured(
         # To look is not to compile: what the process has compiled before must not end it. Decorated models
         # share one function, so even other models count.
         more = torch_private.own_compilations()
-        looked = torch.compile(model, backend=hand_over, fullgraph=True, dynamic=dynamic, **more)  # type: ignore[call-overload]
+        looked = torch.compile(model, backend=hand_over, fullgraph=True, dynamic=dynamic, **more)  # type: ignore[call-overload]  # options of torch
         try:
             with torch.no_grad():
                 looked(*args, **kwargs)

@@ -53,7 +53,7 @@ def recognised(gm: fx.GraphModule, **context: object) -> tuple[fx.GraphModule, W
     """A copy of a canonical graph after the pass, and what was told."""
     copy, watch = fx.GraphModule(gm, g.copy_graph(gm.graph)), Watch()
     copy.meta.update(gm.meta)
-    Recognise().run(copy, Context(rules=defaults.RULES, observers=(watch,), **context))  # type: ignore[arg-type]
+    Recognise().run(copy, Context(rules=defaults.RULES, observers=(watch,), **context))  # type: ignore[arg-type]  # options of the call
     copy.graph.lint()
     copy.recompile()
     return copy, watch
@@ -221,12 +221,12 @@ def too_few(self: Mixture, x: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
 
 def two_inputs(self: Mixture, x: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
     gates = torch.softmax(self.router(x), -1)
-    return sum(e(x if i else -x) * gates[..., i : i + 1] for i, e in enumerate(self.experts))  # type: ignore[return-value]
+    return sum(e(x if i else -x) * gates[..., i : i + 1] for i, e in enumerate(self.experts))  # type: ignore[return-value]  # a sum of tensors is one
 
 
 def other_form(self: Mixture, x: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
     gates = torch.softmax(self.router(x), -1)
-    first = self.experts[0].down(F.gelu(self.experts[0].gate(x)) * self.experts[0].up(x)) * gates[..., 0:1]  # type: ignore[union-attr, operator]
+    first = self.experts[0].down(F.gelu(self.experts[0].gate(x)) * self.experts[0].up(x)) * gates[..., 0:1]  # type: ignore[union-attr, operator]  # modules
     return sum((self.experts[i](x) * gates[..., i : i + 1] for i in range(1, EXPERTS)), first)
 
 
@@ -237,8 +237,8 @@ def any_ids_put_back(self: Mixture, x: Tensor, ids: Tensor, routing: Tensor) -> 
 def computed_weights(self: Mixture, x: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
     gates, out = torch.softmax(self.router(x), -1), x * 0
     for i, e in enumerate(self.experts):
-        down = e.down.weight * x.mean()  # type: ignore[union-attr, operator]
-        out = out + F.linear(F.silu(e.gate(x)) * e.up(x), down) * gates[..., i : i + 1]  # type: ignore[operator, union-attr]
+        down = e.down.weight * x.mean()  # type: ignore[union-attr, operator]  # modules
+        out = out + F.linear(F.silu(e.gate(x)) * e.up(x), down) * gates[..., i : i + 1]  # type: ignore[operator, union-attr]  # modules
     return out
 
 
@@ -282,7 +282,7 @@ class Shares(nn.Module):
         up = self.gate_up if options.get("gated", True) else self.gate_up[:, :INNER]
         if options.pop("biased", False):
             options["down_bias"] = self.bias
-        return ops.experts(x, None, self.gates_of(scores, ids, values), up, self.down, **options)  # type: ignore[arg-type]
+        return ops.experts(x, None, self.gates_of(scores, ids, values), up, self.down, **options)  # type: ignore[arg-type]  # options of the call
 
 
 def sigmoid_of_nothing(scores: Tensor, ids: Tensor, values: Tensor) -> Tensor:

@@ -49,3 +49,15 @@ def heads(build: Builder, x: fx.Node, count: int, dim: int) -> fx.Node:
     b, s, _ = g.shape(x)
     split = build.call(aten.reshape.default, x, [b, s, count, dim])
     return build.call(aten.permute.default, split, [0, 2, 1, 3])
+
+
+def grouped(query_heads: int, kv_heads: int, dim: int) -> fx.GraphModule:
+    """Attention of a block with fewer kv heads than query heads."""
+    build = Builder()
+    x = build.input("x", 2, 5, 6)
+    counts = {"q": query_heads, "k": kv_heads, "v": kv_heads}
+    q, k, v = (
+        heads(build, linear(build, x, f"block.{n}", count * dim, 6), count, dim)
+        for n, count in counts.items()
+    )
+    return build.done(attention_of(build, q, k, v, 6))

@@ -13,7 +13,7 @@ from graphopt.passes.shard import PLAN_HASH, Shard
 from graphopt.pipeline import Context
 from tests.graphs import Builder, calls
 from tests.sharding.drawing import check, gathers, reductions, shared
-from tests.sharding.drawn import LINEAR, NORM, attention_of, heads, linear, mlp, weights_of
+from tests.sharding.drawn import LINEAR, NORM, attention_of, grouped, heads, linear, mlp, weights_of
 
 aten = torch.ops.aten
 
@@ -35,12 +35,7 @@ def test_heads_that_do_not_divide() -> None:
 
 
 def test_kv_heads_that_neither_divide_nor_are_divided() -> None:
-    build = Builder()
-    x = build.input("x", 2, 5, 6)
-    q, k, v = (linear(build, x, f"block.{n}", h * 2, 6) for n, h in (("q", 12), ("k", 3), ("v", 3)))
-    gm = build.done(
-        attention_of(build, heads(build, q, 12, 2), heads(build, k, 3, 2), heads(build, v, 3, 2), 6)
-    )
+    gm = grouped(12, 3, 2)
     with pytest.raises(ShardError, match=r"block\.attn: attention has 3 key and value heads, which 2 ranks"):
         Shard(2).run(gm, Context())
 

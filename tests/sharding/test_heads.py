@@ -8,7 +8,7 @@ import torch
 from graphopt import ops
 from tests.graphs import Builder
 from tests.sharding.drawing import check, reductions
-from tests.sharding.drawn import NORM, attention_of, heads, linear, mlp, weights_of
+from tests.sharding.drawn import NORM, attention_of, grouped, heads, linear, mlp, weights_of
 
 aten = torch.ops.aten
 
@@ -47,12 +47,7 @@ def test_a_projection_packed_by_head() -> None:
 
 
 def test_few_kv_heads_are_copied_to_the_ranks_that_read_them() -> None:
-    build = Builder()
-    x = build.input("x", 2, 5, 6)
-    q, k, v = (linear(build, x, f"block.{n}", h * 3, 6) for n, h in (("q", 8), ("k", 2), ("v", 2)))
-    gm = build.done(
-        attention_of(build, heads(build, q, 8, 3), heads(build, k, 2, 3), heads(build, v, 2, 3), 6)
-    )
+    gm = grouped(8, 2, 3)
     for rank in check(gm, 4):
         assert weights_of(rank) == [(6, 6), (3, 6), (3, 6), (6, 6)]
 

@@ -52,7 +52,7 @@ def test_a_wrong_graph_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     real = backend.graphopt
 
     def broken(gm: torch.fx.GraphModule, examples: list[object], **kwargs: object) -> Callable[..., object]:
-        inner = real(gm, examples, **kwargs)  # type: ignore[arg-type]
+        inner = real(gm, examples, **kwargs)  # type: ignore[arg-type]  # options of the call
         return lambda *args: tuple(1.01 * x for x in inner(*args))  # type: ignore[attr-defined]
 
     monkeypatch.setattr(backend, "graphopt", broken)
@@ -95,8 +95,8 @@ def test_another_greedy_token_is_wrong(writer: nn.Module, monkeypatch: pytest.Mo
     real = backend.graphopt
 
     def negated(gm: torch.fx.GraphModule, examples: list[object], **kwargs: object) -> Callable[..., object]:
-        inner = real(gm, examples, **kwargs)  # type: ignore[arg-type]
-        return lambda *args: tuple(-x if x.shape[-1] > 64 else x for x in inner(*args))  # type: ignore[attr-defined]
+        inner = real(gm, examples, **kwargs)  # type: ignore[arg-type]  # options of the call
+        return lambda *args: tuple(-x if x.shape[-1] > 64 else x for x in inner(*args))  # type: ignore[attr-defined]  # known to be there
 
     monkeypatch.setattr(backend, "graphopt", negated)
     row = decoded(writer)

@@ -17,7 +17,7 @@ SCORES = torch.tensor([[1.0, 0.0, 5.0, 0.5], [2.0, -2.0, 2.5, 9.0]])
 def margin(*args: object, **kwargs: object) -> float:
     with Margins() as margins:
         torch.topk(SCORES, *args, **kwargs)  # type: ignore[call-overload]  # as topk's own
-        SCORES.topk(*args, **kwargs)  # type: ignore[call-overload]
+        SCORES.topk(*args, **kwargs)  # type: ignore[call-overload]  # as topk's own
     return margins.least * float(SCORES.double().std())
 
 

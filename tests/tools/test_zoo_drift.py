@@ -21,7 +21,7 @@ def a_row(norms: int = 2, **changes: object) -> Row:
     found.places = {"some_rms_norm": "layers.0.norm (old.py:7)"} if norms else {}
     decoded = Run(graphs=2, judged=2, tokens=6, found={"norm": 2 * norms})
     values = {"type": "llama", "group": "causal LM", "there": {"norm": 2}, "runs": {"fp32": found}}
-    return Row(**{**values, "decoded": decoded} | changes)  # type: ignore[arg-type]
+    return Row(**{**values, "decoded": decoded} | changes)  # type: ignore[arg-type]  # options of the call
 
 
 def told(here: Row, there: Row) -> list[str]:

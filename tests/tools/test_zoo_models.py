@@ -143,7 +143,7 @@ def test_what_has_no_gradient_keeps_unit_gain() -> None:
 
 def test_what_a_model_keeps_in_fp32_stays() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model._keep_in_fp32_modules_strict = {"1.weight"}  # type: ignore[assignment]
+    model._keep_in_fp32_modules_strict = {"1.weight"}  # type: ignore[assignment]  # as classes of transformers have it
     in_dtype(model, torch.bfloat16)
     assert [p.dtype for p in model.parameters()] == [
         torch.bfloat16,
@@ -164,7 +164,7 @@ def test_buffers_are_in_the_dtype_that_their_class_makes_them_in() -> None:
             self.register_buffer("codec", torch.ones(2))
 
     model = Tables(transformers.PretrainedConfig())
-    model._keep_in_fp32_modules_strict = ["codec"]  # type: ignore[assignment]
+    model._keep_in_fp32_modules_strict = ["codec"]  # type: ignore[assignment]  # as classes of transformers have it
     in_dtype(model, torch.bfloat16)
     dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}
     assert dtypes == {

@@ -144,4 +144,4 @@ class Row:
             "runs": {k: Run(**v) for k, v in runs.items()},
             "decoded": Run(**decoded) if decoded else None,
         }
-        return cls(**{**values, **made})  # type: ignore[arg-type]
+        return cls(**{**values, **made})  # type: ignore[arg-type]  # fields, from JSON
